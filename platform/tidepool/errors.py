@@ -1,0 +1,116 @@
+"""Every error that Tidepool raises for a person to act on.
+
+    TidepoolError
+    ├── SpecError                   a spec that cannot be run as written
+    ├── DataError                   input text or a prepared dataset that cannot be used
+    ├── ModelError                  a model, tokenizer or adapter that cannot be loaded or built
+    │   └── BaseMismatchError       an adapter that was trained on another base
+    ├── StoreError                  the object store did not do what was asked
+    │   ├── ObjectNotFoundError     no object at this key
+    │   ├── ObjectExistsError       put-if-absent found one there
+    │   ├── StoreAccessError        wrong or missing credentials, or no permission
+    │   └── StoreUnreachableError   no answer within the deadline
+    ├── CheckpointError             no checkpoint can be written or read
+    │   ├── CorruptCheckpointError  bytes that are not the ones committed
+    │   └── SupersededError         another driver has taken the run over
+    ├── RegistryError               a name, version or alias that does not resolve
+    │   └── AliasMovedError         somebody else moved the alias first
+    ├── RunError                    a training run that cannot start or go on
+    │   ├── SpecChangedError        a run name in use with another spec
+    │   ├── NumericsError           a worker whose arithmetic would give other bits
+    │   ├── NonFiniteError          a loss or gradient norm that is not a finite number
+    │   └── WorkerLostError         workers died and the retries are used up
+    ├── RequestError                a request to the engine that it cannot serve as written
+    └── ClusterError                the Ray cluster does not answer or lacks what is asked
+
+A message says what happened, where, and what to do. Each error is built from its message alone, so that it survives
+pickling on its way through Ray. Errors of other libraries are mapped once, where they enter, with `from`.
+"""
+
+
+class TidepoolError(Exception):
+    """Root of the tree in the module's docstring."""
+
+
+class SpecError(TidepoolError):
+    """A spec that cannot be run as written."""
+
+
+class DataError(TidepoolError):
+    """Input text or a prepared dataset that cannot be used."""
+
+
+class ModelError(TidepoolError):
+    """A model, tokenizer or adapter that cannot be loaded or built."""
+
+
+class BaseMismatchError(ModelError):
+    """An adapter that was trained on another base."""
+
+
+class StoreError(TidepoolError):
+    """The object store did not do what was asked."""
+
+
+class ObjectNotFoundError(StoreError):
+    """No object at this key."""
+
+
+class ObjectExistsError(StoreError):
+    """Put-if-absent found an object at the key."""
+
+
+class StoreAccessError(StoreError):
+    """Wrong or missing credentials, or no permission."""
+
+
+class StoreUnreachableError(StoreError):
+    """No answer from the store within the deadline."""
+
+
+class CheckpointError(TidepoolError):
+    """No checkpoint can be written or read."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """Bytes in the store that are not the ones committed."""
+
+
+class SupersededError(CheckpointError):
+    """Another driver has claimed a later incarnation of the run."""
+
+
+class RegistryError(TidepoolError):
+    """A model name, version or alias that does not resolve."""
+
+
+class AliasMovedError(RegistryError):
+    """Somebody else moved the alias first."""
+
+
+class RunError(TidepoolError):
+    """A training run that cannot start or go on."""
+
+
+class SpecChangedError(RunError):
+    """A run name in use with another spec."""
+
+
+class NumericsError(RunError):
+    """A worker whose arithmetic would give other bits than the run's."""
+
+
+class NonFiniteError(RunError):
+    """A loss or gradient norm that is not a finite number."""
+
+
+class WorkerLostError(RunError):
+    """Workers died and the retries are used up."""
+
+
+class RequestError(TidepoolError):
+    """A request to the engine that it cannot serve as written."""
+
+
+class ClusterError(TidepoolError):
+    """The Ray cluster does not answer or lacks what is asked."""

@@ -1,0 +1,379 @@
+"""What people write: dataset, run, evaluation and serving specs. YAML in, resolved JSON out.
+
+Invariants:
+- A spec that parses can be run as far as its own text tells; every limit is checked here, once.
+- Unknown and repeated keys are errors that name the key and the nearest valid one.
+- A resolved spec has every default filled in; two specs that mean the same run have the same `digest`.
+- A spec never holds a secret: credentials come from the node's environment (see `storage`).
+
+What needs the store, the data or the devices to decide (the newest digest of a dataset, the numerics fingerprint) is
+filled in by the part that knows it and kept beside the run.
+"""
+
+import difflib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tidepool.errors import SpecError
+
+STORE_VARIABLE = "TIDEPOOL_STORE"
+
+
+class Spec(BaseModel):
+    """Base of all specs: frozen, and strict about keys and types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+    @property
+    def digest(self) -> str:
+        """sha256 (hex) of the canonical JSON of the whole resolved spec."""
+        return hashlib.sha256(canonical_json(self.model_dump(mode="json"))).hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: the same bytes for the same value, for digests and stored documents."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _check_name(value: str) -> str:
+    letters = set("abcdefghijklmnopqrstuvwxyz0123456789-_.")
+    if not value or len(value) > 64 or not letters.issuperset(value) or not value[0].isalnum():
+        raise ValueError(
+            "a name is 1 to 64 of the characters a-z 0-9 - _ . and starts with a letter or a digit (it becomes a folder of the store)"
+        )
+    return value
+
+
+def _check_store(value: str) -> str:
+    if value.startswith(("s3://", "memory://", "file:///")):
+        return value
+    if value.startswith("/"):
+        return f"file://{value}"
+    raise ValueError(
+        "the store must be the same from every node: give s3://bucket/prefix, or file:/// and an absolute path "
+        f"(or leave it out and set {STORE_VARIABLE} on the nodes)"
+    )
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+StoreUrl = Annotated[str, AfterValidator(_check_store)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class StoredSpec(Spec):
+    """A spec of something that lives in an object store."""
+
+    store: StoreUrl
+
+    @model_validator(mode="before")
+    @classmethod
+    def _store_of_the_node(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and "store" not in value and os.environ.get(STORE_VARIABLE):
+            return {**value, "store": os.environ[STORE_VARIABLE]}
+        return value
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+
+class InputSpec(Spec):
+    """One folder or file to read. `text`: each file is a document. `jsonl`: each line has `text` or `messages`."""
+
+    path: str
+    glob: str = "**/*"
+    format: Literal["text", "jsonl"] = "text"
+
+
+class TrainTokenizerSpec(Spec):
+    """Train a byte-level BPE tokenizer on (a sample of) the inputs."""
+
+    vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] = 4096
+    max_bytes: Count = 32_000_000
+
+
+class TokenizerSpec(Spec):
+    """Where the tokenizer comes from: exactly one of `train` and `of` (a model: registry name, path, store URL, hub name)."""
+
+    train: TrainTokenizerSpec | None = None
+    of: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.train is None) == (self.of is None):
+            raise ValueError("give exactly one of `train` (a new tokenizer) and `of` (the tokenizer of a model)")
+        return self
+
+
+class DataSpec(StoredSpec):
+    """A dataset to prepare: `jobs/prepare.py` turns it into token shards."""
+
+    dataset: Name
+    inputs: Annotated[list[InputSpec], Field(min_length=1)]
+    tokenizer: TokenizerSpec
+    sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
+    held_out_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.01
+    samples_per_row_group: Count = 64
+    row_groups_per_shard: Count = 64
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+class LoraSpec(Spec):
+    """A low-rank adapter (Hu et al. 2021) to train instead of the whole model."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class ModelSpec(Spec):
+    """What to train: `base` (registry name, path, store URL or hub name) or a new model from `config`."""
+
+    base: str | None = None
+    config: dict[str, Any] | None = None
+    lora: LoraSpec | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.base is None) == (self.config is None):
+            raise ValueError("give exactly one of `base` (a model to start from) and `config` (a new model's configuration)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("`config` needs a `model_type`, for example llama")
+        if self.config is not None and self.lora is not None:
+            raise ValueError("`lora` needs a `base`: an adapter on random weights is of no use")
+        return self
+
+
+class OptimizerSpec(Spec):
+    """AdamW (Loshchilov and Hutter 2019) with linear warm-up and decay of the learning rate."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.1
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    kernel: Literal["fused", "foreach", "single"] = "fused"
+
+
+class TrainingSpec(Spec):
+    """The step loop. The global batch is cut into `num_shards` logical shards of equal size, whoever computes them."""
+
+    steps: Count
+    global_batch_size: Count = 16
+    num_shards: Count = 8
+    micro_batch_size: Count = 1
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    gradient_checkpointing: bool = False
+    optimizer: OptimizerSpec = OptimizerSpec()
+    evaluate_every_steps: Count = 100
+    evaluate_num_samples: Count = 64
+
+    @property
+    def shard_size(self) -> int:
+        """Samples per logical shard."""
+        return self.global_batch_size // self.num_shards
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.global_batch_size % self.num_shards:
+            raise ValueError(f"global_batch_size ({self.global_batch_size}) must be a multiple of num_shards ({self.num_shards})")
+        if self.shard_size % self.micro_batch_size:
+            raise ValueError(
+                f"a shard of {self.shard_size} samples (global_batch_size / num_shards) must be a multiple of "
+                f"micro_batch_size ({self.micro_batch_size})"
+            )
+        if self.optimizer.warmup_steps > self.steps:
+            raise ValueError(f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) cannot exceed steps ({self.steps})")
+        return self
+
+
+class CheckpointSpec(Spec):
+    """How often to commit, and how many commits to keep."""
+
+    every_steps: Count = 50
+    keep: Count = 3
+
+
+class WorkersSpec(Spec):
+    """One replica group: the workers of a Ray Train worker group, and what each of them gets."""
+
+    num_workers: Count = 1
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    threads_per_worker: Count = 1
+    max_restarts: Annotated[int, Field(ge=0)] = 8
+
+
+class PublishSpec(Spec):
+    """The registry name that the result is published under, and the alias that moves to it."""
+
+    model: Name
+    alias: Name | None = "production"
+
+
+class RunSpec(StoredSpec):
+    """One training run; the same `run` name resumes it."""
+
+    run: Name
+    model: ModelSpec
+    dataset: str
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    training: TrainingSpec
+    checkpoint: CheckpointSpec = CheckpointSpec()
+    workers: WorkersSpec = WorkersSpec()
+    publish: PublishSpec | None = None
+
+    @model_validator(mode="after")
+    def _enough_shards(self) -> Self:
+        if self.workers.num_workers > self.training.num_shards:
+            raise ValueError(
+                f"workers.num_workers ({self.workers.num_workers}) exceeds training.num_shards ({self.training.num_shards}): "
+                "the extra workers would have nothing to compute"
+            )
+        return self
+
+
+class EvaluationSpec(StoredSpec):
+    """A published model (or none: an untrained one) on a dataset's held-out tokens."""
+
+    model: str
+    dataset: str
+    num_samples: Count = 64
+    batch_size: Count = 8
+
+
+# --- Serving ---------------------------------------------------------------------------------------------------------
+
+
+class EngineSpec(Spec):
+    """Limits of one engine replica."""
+
+    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    max_sequence_length: Count | None = None
+    max_queued_requests: Count = 256
+    max_adapters: Count = 32
+    threads: Count = 1
+
+
+class ReplicasSpec(Spec):
+    """Replicas of each base model's deployment, and what each of them gets."""
+
+    num_replicas: Count = 1
+    cpus_per_replica: Annotated[float, Field(ge=0)] = 1
+    gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+
+
+class ServingSpec(StoredSpec):
+    """The models to serve, by registry name (`name`, `name@version` or `name:alias`); adapters bring their base along."""
+
+    models: Annotated[list[str], Field(min_length=1)]
+    engine: EngineSpec = EngineSpec()
+    replicas: ReplicasSpec = ReplicasSpec()
+    resolve_ttl_s: Annotated[float, Field(ge=0)] = 1.0
+
+    @field_validator("models")
+    @classmethod
+    def _distinct(cls, models: list[str]) -> list[str]:
+        if len(set(models)) != len(models):
+            raise ValueError("each model can be listed once")
+        return models
+
+
+# --- Parsing ---------------------------------------------------------------------------------------------------------
+
+SpecT = TypeVar("SpecT", bound=Spec)
+
+
+def load_spec(path: str | Path, kind: type[SpecT]) -> SpecT:
+    """Read a YAML file and check it. Raises `SpecError` with every problem found, a line each."""
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise SpecError(f"Cannot read the spec {path}: {error.strerror}. Give the path of a YAML file.") from error
+    except UnicodeDecodeError as error:
+        raise SpecError(f"{path} is not a text file in UTF-8. Give the path of a YAML file.") from error
+    try:
+        value = yaml.load(text, Loader=_StrictLoader)
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path} is not valid YAML: {error}") from error
+    return parse_spec(value, kind, source=str(path))
+
+
+def parse_spec(value: Any, kind: type[SpecT], source: str = "spec") -> SpecT:
+    """Check a mapping against a kind of spec. Raises `SpecError` with every problem found, a line each."""
+    if not isinstance(value, Mapping):
+        raise SpecError(f"{source}: expected keys and values, found {type(value).__name__}. See jobs/*.yaml for examples.")
+    try:
+        return kind.model_validate(value)
+    except ValidationError as error:
+        problems = "\n".join(f"  {_problem(item, kind)}" for item in error.errors(include_url=False))
+        raise SpecError(f"{source} cannot be used:\n{problems}") from None
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """What changed between two resolved specs, as lines `a.b: old -> new`."""
+    lines: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {json.dumps(before)} -> {json.dumps(after)}")
+    return lines
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses a repeated key wherever it stands."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _problem(item: Any, kind: type[Spec]) -> str:
+    where = ".".join(str(part) for part in item["loc"]) or "(whole spec)"
+    if item["type"] == "extra_forbidden":
+        valid = _valid_keys(kind, item["loc"][:-1])
+        near = difflib.get_close_matches(str(item["loc"][-1]), valid, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"valid keys are {', '.join(sorted(valid))}"
+        return f"{where}: unknown key; {hint}"
+    if item["type"] == "missing" and item["loc"] == ("store",):
+        return f"store: missing; add `store: s3://bucket/prefix` to the spec, or set {STORE_VARIABLE} where the cluster starts"
+    if item["type"] == "missing":
+        return f"{where}: missing, and it has no default"
+    message = item["msg"].removeprefix("Value error, ")
+    given = item.get("input")
+    return f"{where}: {message}" + (f" (got {given!r})" if isinstance(given, str | int | float) else "")
+
+
+def _valid_keys(kind: type[Spec], location: tuple[int | str, ...]) -> list[str]:
+    """The keys of the model at `location` below `kind`, found through the annotations of the fields on the way."""
+    for part in location:
+        field = kind.model_fields.get(str(part))
+        if field is None:  # an index of a list, or a branch of a union that pydantic names itself
+            continue
+        kind = next(iter(_specs_in(field.annotation)), kind)
+    return list(kind.model_fields)
+
+
+def _specs_in(annotation: Any) -> list[type[Spec]]:
+    if isinstance(annotation, type) and issubclass(annotation, Spec):
+        return [annotation]
+    return [spec for argument in getattr(annotation, "__args__", ()) for spec in _specs_in(argument)]
