@@ -1,0 +1,245 @@
+"""The commit protocol on an object store (the architecture's "The object store").
+
+    runs/<run>/incarnations/<i>.json                           who may advance the run, and from which commit
+    runs/<run>/checkpoints/<step>/<incarnation>-<attempt>/     data objects and manifest.json, never overwritten
+    runs/<run>/commits/<incarnation>-<step>-<attempt>.json     the commit: one small put-if-absent
+
+Invariants:
+- A commit exists only after every object it names is in the store at the size that was written.
+- Readers see what a commit names and nothing else; what they read is checked against the sha256 that the writer
+  computed. Bytes that differ raise `CorruptCheckpointError`, and the commit before counts instead.
+- A writer whose incarnation is not the newest stops with `SupersededError`: before a commit, and after one too, so that
+  no step is reported as committed unless every later incarnation sees it.
+- Retention removes a commit before its data; data without a commit is removed only when its incarnation is closed and
+  it is a day old.
+
+Which steps are worth a checkpoint, and what is in one, is the caller's business.
+"""
+
+import hashlib
+import logging
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tidepool.checkpoint.chain import Commit, Incarnation, visible_commits
+from tidepool.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, StoreError, SupersededError
+from tidepool.storage import ObjectStore, append, get_json, put_json, read_log
+
+_logger = logging.getLogger(__name__)
+_CHUNK_BYTES = 16 * 2**20
+_GARBAGE_AGE = timedelta(days=1)
+
+
+class Checkpoints:
+    """The checkpoints of one incarnation of a run, for its writer; `incarnation` is one that this run has claimed."""
+
+    def __init__(self, store: ObjectStore, run: str, incarnation: Incarnation) -> None:
+        self._store, self._run, self._incarnation = store, run, incarnation
+
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], details: Mapping[str, Any]) -> Commit:
+        """Commit the state after `step` steps: each key of `tensors` becomes one safetensors object of named tensors.
+
+        `details` (JSON) goes into the manifest. Blocks until the commit stands. Raises `SupersededError`, `StoreError`.
+        """
+        self._check_newest()
+        commit = Commit(self._incarnation.number, step, uuid.uuid4().hex[:16])
+        prefix = _data_prefix(self._run, commit)
+        with tempfile.TemporaryDirectory(prefix="tidepool-checkpoint-") as folder:
+            objects = [self._put_tensors(prefix, f"{name}.safetensors", part, Path(folder)) for name, part in sorted(tensors.items())]
+        manifest = {"run": self._run, "step": step, "incarnation": commit.incarnation, "objects": objects, **details}
+        put_json(self._store, f"{prefix}manifest.json", manifest)
+        self._check_newest()
+        self._put_commit(commit)
+        self._check_newest()
+        return commit
+
+    def _put_tensors(self, prefix: str, name: str, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
+        path = folder / name
+        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
+        with path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        size_bytes = path.stat().st_size
+        self._store.put_if_absent(f"{prefix}{name}", path)
+        stored = self._store.size(f"{prefix}{name}")
+        if stored != size_bytes:
+            raise StoreError(
+                f"{self._store.url} holds {stored} bytes of {prefix}{name} after a put of {size_bytes}: this store loses data; use another."
+            )
+        path.unlink()
+        return {"name": name, "size_bytes": size_bytes, "sha256": sha256}
+
+    def _put_commit(self, commit: Commit) -> None:
+        key, value = _commit_key(self._run, commit), {"attempt": commit.attempt}
+        try:
+            put_json(self._store, key, value)
+        except StoreError:
+            # The answer may have been lost, not the commit: what stands at the key decides.
+            try:
+                if get_json(self._store, key) == value:
+                    return
+            except ObjectNotFoundError:
+                pass
+            raise
+
+    def _check_newest(self) -> None:
+        newest = max(number for number, _ in _incarnation_numbers(self._store, self._run))
+        if newest != self._incarnation.number:
+            raise SupersededError(
+                f"Run {self._run} was taken over: incarnation {newest} is newer than this one ({self._incarnation.number}). "
+                "Nothing is lost; follow the newer driver, or give this run another name."
+            )
+
+    def retain(self, keep: int) -> list[Commit]:
+        """Remove all but the newest `keep` commits, commits beside the history, and old garbage; return those removed."""
+        commits = _list_commits(self._store, self._run)
+        incarnations = _list_incarnations(self._store, self._run)
+        kept = visible_commits(incarnations, commits)[:keep]
+        removed = [c for c in commits if c not in kept and c.incarnation <= self._incarnation.number]
+        for commit in removed:
+            self._store.delete(_commit_key(self._run, commit))
+            for info in list(self._store.list(_data_prefix(self._run, commit))):
+                self._store.delete(info.key)
+        self._remove_garbage({commit.name for commit in commits})
+        return removed
+
+    def _remove_garbage(self, committed: set[str]) -> None:
+        oldest = datetime.now(UTC) - _GARBAGE_AGE
+        for info in list(self._store.list(f"runs/{self._run}/checkpoints/")):
+            step, writer = info.key.split("/")[3:5]
+            incarnation, attempt = writer.split("-")
+            closed = int(incarnation) < self._incarnation.number
+            if closed and info.modified_at < oldest and f"{incarnation}-{step}-{attempt}" not in committed:
+                self._store.delete(info.key)
+
+    def restore(self, commit: Commit, name: str) -> dict[str, Tensor]:
+        """The named tensors of one object of a commit, on the CPU, verified.
+
+        Raises `CorruptCheckpointError` if the bytes are not those that were committed.
+        """
+        entry = next((o for o in read_manifest(self._store, self._run, commit)["objects"] if o["name"] == f"{name}.safetensors"), None)
+        if entry is None:
+            raise _corrupt(self._run, commit, f"its manifest names no {name}.safetensors")
+        with tempfile.TemporaryDirectory(prefix="tidepool-restore-") as folder:
+            path = Path(folder) / entry["name"]
+            with path.open("wb") as file:
+                for chunk in _verified_chunks(self._store, self._run, commit, entry):
+                    file.write(chunk)
+            try:
+                # Cloned, because the tensors of load_file live in a mapping of the file that is about to go.
+                return {key: tensor.clone() for key, tensor in load_file(path).items()}
+            except SafetensorError as error:
+                raise _corrupt(self._run, commit, f"{entry['name']} is not a safetensors file") from error
+
+
+def claim_incarnation(store: ObjectStore, run: str, details: Mapping[str, Any]) -> Incarnation:
+    """Claim the next incarnation of a run from its newest commit that verifies; `details` (JSON) is kept with it.
+
+    A commit that does not verify is passed over with a warning. If the driver before this one commits between our look
+    and our claim, that commit was reported as done, so another incarnation is claimed on top of it.
+    Raises `SupersededError` if another driver keeps claiming at the same time.
+    """
+    damaged: set[Commit] = set()
+    for _ in range(8):
+        incarnations = _list_incarnations(store, run)
+        base = _newest_sound(store, run, visible_commits(incarnations, _list_commits(store, run)), damaged)
+        number = max((i.number for i in incarnations), default=0) + 1
+        try:
+            append(store, _incarnations_prefix(run), {"base": base.name if base else None, **details}, expected_number=number)
+        except ObjectExistsError:
+            continue
+        after = visible_commits(incarnations, _list_commits(store, run))
+        if _newest_sound(store, run, after, damaged, known=base) == base:
+            return Incarnation(number, base)
+    raise SupersededError(f"Run {run} is being started by another driver at the same time. Let one of them run, or choose another name.")
+
+
+def _newest_sound(store: ObjectStore, run: str, commits: list[Commit], damaged: set[Commit], known: Commit | None = None) -> Commit | None:
+    """The first of `commits` that verifies; adds those that do not to `damaged`; `known` is taken as verified."""
+    for commit in commits:
+        if commit in damaged:
+            continue
+        if commit == known:
+            return commit
+        try:
+            verify(store, run, commit)
+        except CorruptCheckpointError as error:
+            damaged.add(commit)
+            _logger.warning("falling back to the commit before: %s", error)
+        else:
+            return commit
+    return None
+
+
+def verify(store: ObjectStore, run: str, commit: Commit) -> None:
+    """Read a whole checkpoint and compare it with its manifest. Raises `CorruptCheckpointError`."""
+    for entry in read_manifest(store, run, commit)["objects"]:
+        for _ in _verified_chunks(store, run, commit, entry):
+            pass
+
+
+def read_manifest(store: ObjectStore, run: str, commit: Commit) -> dict[str, Any]:
+    """The manifest of a commit: `objects` (name, size_bytes, sha256), `step`, and the details its writer gave."""
+    try:
+        manifest = get_json(store, f"{_data_prefix(run, commit)}manifest.json")
+    except ObjectNotFoundError as error:
+        raise _corrupt(run, commit, "its manifest is missing") from error
+    except ValueError as error:
+        raise _corrupt(run, commit, "its manifest is not JSON") from error
+    if manifest.get("step") != commit.step or not isinstance(manifest.get("objects"), list):
+        raise _corrupt(run, commit, "its manifest is not the one of this commit")
+    return manifest
+
+
+def _verified_chunks(store: ObjectStore, run: str, commit: Commit, entry: Mapping[str, Any]) -> Iterator[bytes]:
+    """The bytes of an object in chunks; raises `CorruptCheckpointError` at the end if they are not those committed."""
+    key, hasher, start = f"{_data_prefix(run, commit)}{entry['name']}", hashlib.sha256(), 0
+    try:
+        while start < entry["size_bytes"]:
+            chunk = store.get(key, start, min(_CHUNK_BYTES, entry["size_bytes"] - start))
+            if not chunk:
+                break
+            hasher.update(chunk)
+            start += len(chunk)
+            yield chunk
+    except ObjectNotFoundError as error:
+        raise _corrupt(run, commit, f"{entry['name']} is missing") from error
+    if hasher.hexdigest() != entry["sha256"]:
+        raise _corrupt(run, commit, f"{entry['name']} is not what was committed (sha256 differs)")
+
+
+def _corrupt(run: str, commit: Commit, what: str) -> CorruptCheckpointError:
+    return CorruptCheckpointError(f"Checkpoint {commit.name} (step {commit.step}) of run {run} cannot be used: {what}.")
+
+
+def _incarnation_numbers(store: ObjectStore, run: str) -> Iterator[tuple[int, str]]:
+    for info in store.list(_incarnations_prefix(run)):
+        yield int(info.key.rsplit("/", 1)[1].removesuffix(".json")), info.key
+
+
+def _list_incarnations(store: ObjectStore, run: str) -> list[Incarnation]:
+    return [Incarnation(e.number, Commit.parse(e.value["base"]) if e.value["base"] else None) for e in read_log(store, _incarnations_prefix(run))]
+
+
+def _list_commits(store: ObjectStore, run: str) -> list[Commit]:
+    names = (info.key.rsplit("/", 1)[1].removesuffix(".json") for info in store.list(f"runs/{run}/commits/"))
+    return [commit for name in names if (commit := Commit.parse(name))]
+
+
+def _incarnations_prefix(run: str) -> str:
+    return f"runs/{run}/incarnations/"
+
+
+def _data_prefix(run: str, commit: Commit) -> str:
+    return f"runs/{run}/checkpoints/{commit.step}/{commit.incarnation}-{commit.attempt}/"
+
+
+def _commit_key(run: str, commit: Commit) -> str:
+    return f"runs/{run}/commits/{commit.name}.json"

@@ -1,0 +1,53 @@
+"""TensorBoard event files in the object store.
+
+Stored objects are never overwritten and event files grow, so each flush closes the local file and puts it under a name
+of its own; TensorBoard reads all event files of a folder in the order of their names, as one run. Names start with the
+incarnation, so those of a later one sort last and repeat the steps that were computed again.
+"""
+
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+
+from tidepool.errors import StoreError
+from tidepool.storage import ObjectStore
+
+_logger = logging.getLogger(__name__)
+
+
+class TensorBoardSink:
+    """Writes scalars to `<prefix>events.out.tfevents.<incarnation>-<part>.tidepool`.
+
+    `record` costs microseconds (a queue and a local file); `flush` costs one put. A flush that the store refuses is
+    logged and not tried again: a picture of the run is not worth the run.
+    """
+
+    def __init__(self, store: ObjectStore, prefix: str, incarnation: int) -> None:
+        self._store, self._prefix, self._incarnation = store, prefix, incarnation
+        self._parts = 0
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._writer: SummaryWriter | None = None
+
+    def record(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="tidepool-tensorboard-")
+            self._writer = SummaryWriter(self._folder.name)
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def flush(self) -> None:
+        if self._writer is None or self._folder is None:
+            return
+        self._writer.close()
+        self._parts += 1
+        name = f"events.out.tfevents.{self._incarnation:08d}-{self._parts:08d}.tidepool"
+        try:
+            for path in Path(self._folder.name).iterdir():
+                self._store.put_if_absent(f"{self._prefix}{name}", path)
+        except StoreError:
+            _logger.warning("metrics of the last steps could not be stored", exc_info=True)
+        self._folder.cleanup()
+        self._writer = self._folder = None
