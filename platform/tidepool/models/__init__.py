@@ -1,0 +1,50 @@
+"""Models: find, load, build and export causal language models, their tokenizers and their LoRA adapters.
+
+Weights are safetensors only, and no code of a model is ever run (`trust_remote_code` never). Names are imported when they
+are first used: finding a model (`source`) needs no torch, and neither does a process that only does that.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tidepool.models.adapter import add_lora, attach_adapter, export_adapter
+    from tidepool.models.packed import packed_attention_mask, packed_positions
+    from tidepool.models.pretrained import check_tokenizer, export_model, load_model, load_tokenizer
+    from tidepool.models.scratch import build_model
+    from tidepool.models.source import ModelSource, copy_tokenizer, fetch_model, find_model
+    from tidepool.models.tokenizer import train_tokenizer
+
+__all__ = [
+    "ModelSource",
+    "add_lora",
+    "attach_adapter",
+    "build_model",
+    "check_tokenizer",
+    "copy_tokenizer",
+    "export_adapter",
+    "export_model",
+    "fetch_model",
+    "find_model",
+    "load_model",
+    "load_tokenizer",
+    "packed_attention_mask",
+    "packed_positions",
+    "train_tokenizer",
+]
+
+_MODULES = {
+    "adapter": ("add_lora", "attach_adapter", "export_adapter"),
+    "packed": ("packed_attention_mask", "packed_positions"),
+    "pretrained": ("check_tokenizer", "export_model", "load_model", "load_tokenizer"),
+    "scratch": ("build_model",),
+    "source": ("ModelSource", "copy_tokenizer", "fetch_model", "find_model"),
+    "tokenizer": ("train_tokenizer",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _MODULES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"tidepool.models.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

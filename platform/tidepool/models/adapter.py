@@ -1,0 +1,153 @@
+"""LoRA adapters (Hu et al. 2021) by peft: new ones to train, exports, and finished ones on top of their base.
+
+Invariants:
+- A new adapter's weights are a function of the seed and the model's shape; the caller's random state is untouched.
+- An export names its base and the digest of the base's files in `tidepool.json`, beside what plain peft reads. The same
+  weights give the same bytes.
+- An adapter is attached to the base that it was trained on, with all of its weights, or not at all; a failure leaves the
+  model as it was. A folder without `tidepool.json` (made by plain peft) is checked by its weights alone.
+"""
+
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import Linear
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from tidepool.errors import BaseMismatchError, ModelError
+from tidepool.models.pretrained import check_tokenizer, first_line, read_json
+from tidepool.models.scratch import seeded
+from tidepool.models.source import ModelSource, model_files
+from tidepool.specs import LoraSpec, canonical_json
+
+_CONFIG, _WEIGHTS, _RECORD = "adapter_config.json", "adapter_model.safetensors", "tidepool.json"
+
+
+def add_lora(model: PreTrainedModel, spec: LoraSpec, seed: int, base_ref: str) -> PeftModel:
+    """Put a new adapter to train on a model, in place; all other weights are frozen. Raises `ModelError`."""
+    _check_targets(model, spec)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        lora_dropout=spec.dropout,
+        target_modules=spec.target_modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps its weights transposed
+    )
+    with seeded(seed), _without_deprecations():
+        adapted = get_peft_model(model, config)
+    adapted.peft_config["default"].base_model_name_or_path = base_ref
+    return adapted
+
+
+def export_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path, base: ModelSource) -> None:
+    """Write the adapter of `add_lora` and the tokenizer into a folder, as plain peft reads them, with the base's digest."""
+    check_tokenizer(model.get_base_model(), tokenizer)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    config = read_json(folder / _CONFIG)
+    if isinstance(config["target_modules"], list):
+        config["target_modules"].sort()  # peft keeps a set, whose order differs from process to process
+    name, _, revision = base.ref.partition("@") if base.is_on_hub else (base.ref, "", "")
+    config |= {"base_model_name_or_path": name, "revision": revision or None}
+    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+    (folder / _RECORD).write_bytes(canonical_json({"base": base.ref, "base_digest": base.digest}))
+
+
+def attach_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str, base_digest: str) -> PeftModel:
+    """Load an adapter under a name (its digest, say) beside those that `model` has; returns the model that holds them all.
+
+    Raises `BaseMismatchError` if it was trained on another base than the one with `base_digest`, else `ModelError`.
+    """
+    config = _read_config(folder, base_digest)
+    try:
+        weights = load_file(folder / _WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"Cannot load the adapter in {folder}: {first_line(error)}") from error
+    is_first = not isinstance(model, PeftModel)
+    with torch.random.fork_rng(devices=[]), _without_deprecations():  # peft draws initial weights; the adapter's own replace them
+        try:
+            adapted = _add(model, config, name)
+        except ValueError as error:
+            raise ModelError(f"The adapter in {folder} does not fit this model: {first_line(error)}") from error
+        if problem := _load(adapted, weights, name):
+            _remove(adapted, name, is_first)
+            raise ModelError(f"The adapter in {folder} does not fit this model: {problem}")
+    return adapted.eval()
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    """Hide what peft 0.21 uses of transformers against its advice: no user of Tidepool can act on it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
+def _add(model: PreTrainedModel | PeftModel, config: LoraConfig, name: str) -> PeftModel:
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config)
+        return model
+    return get_peft_model(model, config, adapter_name=name)
+
+
+def _load(adapted: PeftModel, weights: dict[str, Tensor], name: str) -> str:
+    """Put the weights in their places; returns what is wrong with them, or nothing."""
+    try:
+        result = set_peft_model_state_dict(adapted, weights, adapter_name=name)
+    except RuntimeError as error:
+        return " ".join(str(error).split())
+    absent = [key for key in result.missing_keys if f".{name}." in key]
+    if absent or result.unexpected_keys:
+        return f"{len(absent)} weights are missing, {len(result.unexpected_keys)} belong nowhere ({[*absent, *result.unexpected_keys][0]})"
+    return ""
+
+
+def _remove(adapted: PeftModel, name: str, is_first: bool) -> None:
+    if is_first:
+        adapted.unload()
+    else:
+        adapted.delete_adapter(name)
+
+
+def _read_config(folder: Path, base_digest: str) -> LoraConfig:
+    names = model_files(folder)
+    if not {_CONFIG, _WEIGHTS} <= set(names):
+        raise ModelError(f"{folder} is no LoRA adapter: it needs {_CONFIG} and {_WEIGHTS}.")
+    if _RECORD in names:
+        record = read_json(folder / _RECORD)
+        if record.get("base_digest") != base_digest:
+            raise BaseMismatchError(
+                f"The adapter in {folder} was trained on {record.get('base')} (files {str(record.get('base_digest'))[:12]}), not on this "
+                f"base (files {base_digest[:12]}). Serve it with its own base, or train it again on this one."
+            )
+    kind = read_json(folder / _CONFIG).get("peft_type")
+    if kind != "LORA":
+        raise ModelError(f"The adapter in {folder} is of the kind {kind}; only LORA can be used.")
+    try:
+        config = LoraConfig.from_pretrained(folder)
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"Cannot read {folder / _CONFIG}: {first_line(error)}") from error
+    config.inference_mode = True
+    config.base_model_name_or_path = None  # peft would compare it with a name that the model does not have
+    return config
+
+
+def _check_targets(model: PreTrainedModel, spec: LoraSpec) -> None:
+    if isinstance(spec.target_modules, str):
+        return
+    existing = {name for name, module in model.named_modules() if isinstance(module, Linear | Conv1D)}
+    for target in spec.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in existing):
+            last_parts = sorted({name.rpartition(".")[2] for name in existing})
+            raise ModelError(f"lora.target_modules: the model has no linear layer {target}; it has {', '.join(last_parts)}.")
