@@ -207,7 +207,10 @@ class CheckpointSpec(Spec):
 
 
 class WorkersSpec(Spec):
-    """One replica group: the workers of a Ray Train worker group, and what each of them gets."""
+    """One replica group: the workers of a Ray Train worker group, and what each of them gets.
+
+    `max_restarts` bounds the restarts after failures without a new checkpoint in between.
+    """
 
     num_workers: Count = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1

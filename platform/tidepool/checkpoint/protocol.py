@@ -225,7 +225,10 @@ def _incarnation_numbers(store: ObjectStore, run: str) -> Iterator[tuple[int, st
 
 
 def _list_incarnations(store: ObjectStore, run: str) -> list[Incarnation]:
-    return [Incarnation(e.number, Commit.parse(e.value["base"]) if e.value["base"] else None) for e in read_log(store, _incarnations_prefix(run))]
+    return [
+        Incarnation(e.number, Commit.parse(e.value["base"]) if e.value["base"] else None)
+        for e in read_log(store, _incarnations_prefix(run))
+    ]
 
 
 def _list_commits(store: ObjectStore, run: str) -> list[Commit]:

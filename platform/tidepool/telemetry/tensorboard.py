@@ -7,13 +7,12 @@ incarnation, so those of a later one sort last and repeat the steps that were co
 
 import logging
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from tidepool.errors import StoreError
-from tidepool.storage import ObjectStore
 
 _logger = logging.getLogger(__name__)
 
@@ -25,8 +24,9 @@ class TensorBoardSink:
     logged and not tried again: a picture of the run is not worth the run.
     """
 
-    def __init__(self, store: ObjectStore, prefix: str, incarnation: int) -> None:
-        self._store, self._prefix, self._incarnation = store, prefix, incarnation
+    def __init__(self, put: Callable[[str, Path], None], prefix: str, incarnation: int) -> None:
+        """`put` stores the file at a path under a key (a store's `put_if_absent`)."""
+        self._put, self._prefix, self._incarnation = put, prefix, incarnation
         self._parts = 0
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._writer: SummaryWriter | None = None
@@ -46,7 +46,7 @@ class TensorBoardSink:
         name = f"events.out.tfevents.{self._incarnation:08d}-{self._parts:08d}.tidepool"
         try:
             for path in Path(self._folder.name).iterdir():
-                self._store.put_if_absent(f"{self._prefix}{name}", path)
+                self._put(f"{self._prefix}{name}", path)
         except StoreError:
             _logger.warning("metrics of the last steps could not be stored", exc_info=True)
         self._folder.cleanup()

@@ -1,0 +1,309 @@
+"""The demo: from a folder of text to a served model and an adapter, with a training worker killed on the way.
+
+    make demo
+
+It starts a Ray cluster and an object store (a directory) of its own below `.tidepool/`, and ends them. Everything it
+prints was computed in this run; the same figures are in `.tidepool/demo/summary.json`.
+"""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "platform"))
+
+import httpx
+import psutil
+import ray
+import yaml
+from corpus import write_chats, write_source
+
+from tidepool import local_cluster
+from tidepool.errors import TidepoolError
+from tidepool.local_cluster import LocalCluster
+from tidepool.specs import RunSpec, load_spec
+from tidepool.storage import open_store
+from tidepool.training.ray_worker import NAMESPACE, coordinator_name
+from tidepool.training.worker import read_result
+
+FOLDER = Path(".tidepool/demo")
+# Chosen before any run, in nats per held-out token. An untrained model knows nothing (ln 2048 = 7.6); these are modest.
+BASE_MARGIN = 1.5
+"""The base must be better than the same model untrained by at least this, on source code it has not seen."""
+ADAPTER_MARGIN = 0.5
+"""The adapter must be better than its base by at least this, on docstrings it has not seen."""
+_TIMEOUT_S = 900
+_POLL_S = 0.2
+
+
+class DemoError(Exception):
+    """The demo did not do what it promises."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """What the death of one worker cost the adapter's run."""
+
+    rank: int
+    pid: int
+    at_step: int
+    resumed_from_step: int
+    steps_redone: int
+    seconds_lost: float
+
+
+def main() -> int:
+    """Run the demo; returns the exit status."""
+    started = time.monotonic()
+    os.chdir(ROOT)
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
+    store_url = (FOLDER / "store").absolute().as_uri()
+    os.environ["TIDEPOOL_CACHE"] = str((FOLDER / "cache").absolute())
+    try:
+        with _cluster(store_url) as cluster:
+            summary = _run(cluster)
+    except (DemoError, TidepoolError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    summary["seconds"] = round(time.monotonic() - started, 1)
+    (FOLDER / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    _print_table(summary)
+    return 0
+
+
+@contextmanager
+def _cluster(store_url: str) -> Iterator[LocalCluster]:
+    _say(f"Starting a local Ray cluster; the object store is {FOLDER}/store")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that a stop from outside ends the cluster too
+    cluster = local_cluster.start(store_url, num_cpus=4, log=FOLDER / "ray.log")
+    try:
+        os.environ.update(cluster.environment)
+        ray.init(cluster.address, namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
+        yield cluster
+    finally:
+        ray.shutdown()
+        local_cluster.stop(cluster)
+
+
+def _run(cluster: LocalCluster) -> dict[str, Any]:
+    _prepare()
+    base = _train(cluster, "base", kill_worker=False)[0]
+    adapter, kill = _train(cluster, "adapter", kill_worker=True)
+    assert kill is not None
+    _check_margin("base", base, BASE_MARGIN)
+    _check_margin("adapter", adapter, ADAPTER_MARGIN)
+    names = [result["published"].partition("@")[0] for result in (base, adapter)]
+    _say(f"Serving {' and '.join(names)} from one Serve application")
+    local_cluster.serve(cluster, names)
+    answers = [_complete(cluster, names[0]), _chat(cluster, names[1])]
+    return {
+        "python": sys.version.split()[0],
+        "base": base,
+        "adapter": adapter,
+        "kill": asdict(kill),
+        "margins": {"base": BASE_MARGIN, "adapter": ADAPTER_MARGIN},
+        "answers": answers,
+        "api_url": cluster.api_url,
+        "dashboard_url": cluster.dashboard_url,
+    }
+
+
+# --- Data ------------------------------------------------------------------------------------------------------------
+
+
+def _prepare() -> None:
+    num_files = write_source(FOLDER / "source")
+    num_chats = write_chats(FOLDER / "docs.jsonl")
+    _say(f"Preparing {num_files} modules of Python's standard library, and {num_chats} questions about their functions")
+    source = {"path": str((FOLDER / "source").absolute()), "glob": "**/*.py", "format": "text"}
+    chats = {"path": str((FOLDER / "docs.jsonl").absolute()), "format": "jsonl"}
+    common = {"sequence_length": 256, "held_out_fraction": 0.02}
+    # The tokenizer is trained once, on the source; the chats use the base model's, so they are prepared after its training.
+    tokenizer = {"train": {"vocab_size": 2048, "max_bytes": 4_000_000}}
+    _write_spec("source", {"dataset": "stdlib-source", "inputs": [source], "tokenizer": tokenizer, **common})
+    _write_spec("docs", {"dataset": "stdlib-docs", "inputs": [chats], "tokenizer": {"of": "stdlib-base"}, **common})
+    _job(["jobs/prepare.py", str(FOLDER / "source.yaml")], FOLDER / "prepare-source.log")
+
+
+def _write_spec(name: str, spec: dict[str, Any]) -> None:
+    (FOLDER / f"{name}.yaml").write_text(yaml.safe_dump(spec, sort_keys=False))
+
+
+def _job(arguments: Sequence[str], log: Path) -> None:
+    """Run an entrypoint on this machine and show its last line."""
+    with log.open("wb") as output:
+        status = subprocess.run([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT, timeout=_TIMEOUT_S, check=False)
+    lines = log.read_text(errors="replace").strip().splitlines() or [""]
+    if status.returncode:
+        raise DemoError(f"{' '.join(arguments)} failed: {lines[-1]} (see {log})")
+    print(f"  {lines[-1]}", flush=True)
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def _train(cluster: LocalCluster, name: str, kill_worker: bool) -> tuple[dict[str, Any], Kill | None]:
+    """Submit a run as a Ray job and follow it to its end."""
+    if name == "adapter":
+        _job(["jobs/prepare.py", str(FOLDER / "docs.yaml")], FOLDER / "prepare-docs.log")
+    spec = load_spec(f"demo/{name}.yaml", RunSpec)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py"]
+    command.append(f"demo/{name}.yaml")
+    _say(f"Training {spec.run} on {spec.workers.num_workers} workers: ray {' '.join(command[3:])}")
+    log = FOLDER / f"{spec.run}.log"
+    with log.open("wb") as output:
+        job = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=cluster.environment | _quiet())
+        try:
+            kill = _follow(spec, job, kill_worker)
+        finally:
+            job.terminate()
+            job.wait()
+    result = read_result(open_store(cluster.store_url), spec.run)
+    if result is None:
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise DemoError(f"Run {spec.run} did not finish; the end of {log}:\n{end}")
+    print(f"  published {result['published']}; held-out loss {result['held_out_loss_before']:.3f} -> {result['held_out_loss_after']:.3f}")
+    return result, kill
+
+
+def _quiet() -> dict[str, str]:
+    return {"RAY_LOG_TO_DRIVER_EVENT_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+
+
+def _follow(spec: RunSpec, job: "subprocess.Popen[bytes]", kill_worker: bool) -> Kill | None:
+    """Show the run's progress until its job ends; kill one worker once, in the middle between two commits, if asked to."""
+    steps, every = spec.training.steps, spec.checkpoint.every_steps
+    target = steps // 2 // every * every + every // 2
+    deadline, shown = time.monotonic() + _TIMEOUT_S, ""
+    kill: Kill | None = None
+    killed: tuple[float, dict[str, Any]] | None = None
+    while job.poll() is None:
+        if time.monotonic() > deadline:
+            raise DemoError(f"Run {spec.run} took more than {_TIMEOUT_S} s.")
+        workers = _workers(spec.run)
+        if workers:
+            step, phase = max(w["step"] for w in workers), workers[0]["phase"]
+            shown = _show_progress(shown, f"  step {step} of {steps} ({phase})", step)
+            if kill_worker and killed is None and step >= target:
+                victim = workers[-1]
+                psutil.Process(victim["pid"]).kill()
+                killed = (time.monotonic(), victim)
+                print(f"  killed worker {victim['rank']} (pid {victim['pid']}) at step {victim['step']}", flush=True)
+            if killed and kill is None and workers[0]["incarnation"] > killed[1]["incarnation"] and step > killed[1]["step"]:
+                kill = _cost(spec, *killed)
+        time.sleep(_POLL_S)
+    if kill_worker and kill is None:
+        raise DemoError(f"No worker of run {spec.run} was killed and replaced: this shows nothing.")
+    return kill
+
+
+def _workers(run: str) -> list[dict[str, Any]]:
+    """The newest heartbeats of a run's workers, none while it has no driver."""
+    try:
+        actor = ray.get_actor(coordinator_name(run), NAMESPACE)
+        workers: list[dict[str, Any]] = ray.get(actor.status.remote(), timeout=30)["workers"]
+    except (ValueError, ray.exceptions.RayActorError):
+        return []
+    return workers
+
+
+def _show_progress(before: str, line: str, step: int) -> str:
+    """Print a line when the step is a multiple of ten that was not shown yet."""
+    if step % 10 or line == before:
+        return before
+    print(line, flush=True)
+    return line
+
+
+def _cost(spec: RunSpec, killed_at: float, victim: dict[str, Any]) -> Kill:
+    store = open_store(os.environ["TIDEPOOL_STORE"])
+    newest = max(store.list(f"runs/{spec.run}/incarnations/"), key=lambda info: int(info.key.rsplit("/", 1)[1].removesuffix(".json")))
+    base = json.loads(store.get(newest.key))["base"]
+    base_step = int(base.split("-")[1]) if base else 0
+    lost_s = round(time.monotonic() - killed_at, 1)
+    return Kill(victim["rank"], victim["pid"], victim["step"], base_step, victim["step"] - base_step, lost_s)
+
+
+def _check_margin(name: str, result: dict[str, Any], margin: float) -> None:
+    gain = result["held_out_loss_before"] - result["held_out_loss_after"]
+    if not (math.isfinite(gain) and gain >= margin):
+        raise DemoError(f"The {name} gained {gain:.3f} nats on held-out tokens; it should be at least {margin}.")
+
+
+# --- Asking ----------------------------------------------------------------------------------------------------------
+
+
+def _complete(cluster: LocalCluster, model: str) -> dict[str, str]:
+    prompt = "def read(self, size=-1):\n    "
+    return _ask(f"{cluster.api_url}/completions", {"model": model, "prompt": prompt, "max_tokens": 48, "temperature": 0}, prompt)
+
+
+def _chat(cluster: LocalCluster, model: str) -> dict[str, str]:
+    question = "def close(self)"
+    body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 48, "temperature": 0}
+    return _ask(f"{cluster.api_url}/chat/completions", body, question)
+
+
+def _ask(url: str, body: dict[str, Any], question: str) -> dict[str, str]:
+    """Ask with streaming and print the answer as it comes."""
+    _say(f"Asking {body['model']}: {question!r}")
+    print("  ", end="")
+    answer = ""
+    with httpx.stream("POST", url, json=body | {"stream": True}, timeout=120) as response:
+        if response.status_code != 200:
+            raise DemoError(f"{url} answered {response.status_code}: {response.read().decode()}")
+        for line in response.iter_lines():
+            data = line.removeprefix("data: ")
+            if not line or data == "[DONE]":
+                continue
+            choice = json.loads(data)["choices"][0]
+            piece = choice.get("text") or choice.get("delta", {}).get("content") or ""
+            answer += piece
+            print(piece, end="", flush=True)
+    print()
+    if not answer:
+        raise DemoError(f"{body['model']} gave an empty answer.")
+    return {"model": body["model"], "question": question, "answer": answer}
+
+
+# --- Telling ---------------------------------------------------------------------------------------------------------
+
+
+def _say(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def _print_table(summary: dict[str, Any]) -> None:
+    kill = summary["kill"]
+    print(f"\n{'run':<14}{'steps':>6}{'samples':>9}{'held-out before':>17}{'after':>8}   published")
+    for name in ("base", "adapter"):
+        row = summary[name]
+        losses = f"{row['held_out_loss_before']:>17.3f}{row['held_out_loss_after']:>8.3f}"
+        print(f"{row['run']:<14}{row['steps']:>6}{row['num_samples']:>9}{losses}   {row['published']}")
+    print("(held-out loss in nats per token; before: an untrained model for the base, the base itself for the adapter)")
+    print(
+        f"\nthe kill       worker {kill['rank']} died at step {kill['at_step']}; the run went on from the commit of step "
+        f"{kill['resumed_from_step']}: {kill['steps_redone']} steps redone, {kill['seconds_lost']} s lost, no other effect"
+    )
+    for answer in summary["answers"]:
+        print(f"{answer['model']:<14} {answer['question']!r} -> {answer['answer']!r}")
+    print(f"\nAPI            {summary['api_url']} (ended with the demo)\ndashboard      {summary['dashboard_url']} (ended with the demo)")
+    print(f"took           {summary['seconds']} s; all figures: {FOLDER}/summary.json")
+    print("go on          make up      serve these two again, with the dashboard, until `make down`")
+    print("               make models  list what is published;  jobs/README.md: train on your own text")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

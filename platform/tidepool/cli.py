@@ -1,0 +1,160 @@
+"""The `tidepool` command: the registry, and a local cluster. Training is submitted with `ray job submit` (see jobs/).
+
+Exit status: 0 done, 1 an error (one message says what to do), 2 a command line that makes no sense.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tidepool import __version__, local_cluster
+from tidepool.errors import ClusterError, SpecError, TidepoolError
+from tidepool.registry import ModelVersion, Registry
+from tidepool.specs import STORE_VARIABLE
+from tidepool.storage import open_store
+
+_CLUSTER_FILE = Path(".tidepool/cluster.json")
+_LOCAL_STORE = Path(".tidepool/store")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except TidepoolError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="tidepool", description="One pool of GPUs that trains and serves, on Ray.")
+    parser.add_argument("--version", action="version", version=f"tidepool {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_models(commands.add_parser("models", help="list, show, promote and roll back published models"))
+    up = commands.add_parser("up", help="start a Ray cluster on this machine and serve what is published in its store")
+    _add_store(up, f"default: ${STORE_VARIABLE}, else a local directory, {_LOCAL_STORE}")
+    up.add_argument("--num-cpus", type=int, default=4, help="logical CPUs: how many workers and replicas fit at a time (default: 4)")
+    up.set_defaults(run=_up)
+    commands.add_parser("down", help="stop the cluster that `tidepool up` started here").set_defaults(run=_down)
+    return parser
+
+
+def _add_models(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    listing = commands.add_parser("list", help="all models and where their aliases point")
+    listing.set_defaults(run=_list_models)
+    show = commands.add_parser("show", help="a version: what it is, where it came from, its files")
+    show.add_argument("model", help="name, name@version or name:alias")
+    show.set_defaults(run=_show_model)
+    promote = commands.add_parser("promote", help="point an alias at a version")
+    promote.add_argument("model", help="name@version")
+    promote.add_argument("--alias", default="production")
+    promote.add_argument("--expected", type=int, metavar="VERSION", help="do it only if the alias points to this version now")
+    promote.set_defaults(run=_promote)
+    rollback = commands.add_parser("rollback", help="point an alias at the version it pointed to before")
+    rollback.add_argument("model", help="name")
+    rollback.add_argument("--alias", default="production")
+    rollback.set_defaults(run=_rollback)
+    for command in (listing, show, promote, rollback):
+        _add_store(command, f"default: ${STORE_VARIABLE}, else the store of the cluster that `tidepool up` started here")
+
+
+def _add_store(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--store", metavar="URL", help=f"the object store: s3://bucket/prefix or file:///folder ({default})")
+
+
+def _registry(options: argparse.Namespace) -> Registry:
+    url = options.store or os.environ.get(STORE_VARIABLE)
+    if url is None and (cluster := local_cluster.load(_CLUSTER_FILE)) is not None:
+        url = cluster.store_url
+    if url is None:
+        raise SpecError(f"Which store? Give --store s3://bucket/prefix (or file:///folder), or set {STORE_VARIABLE}.")
+    return Registry(open_store(url))
+
+
+def _list_models(options: argparse.Namespace) -> None:
+    registry = _registry(options)
+    rows = [("MODEL", "KIND", "BASE", "ALIASES", "PUBLISHED")]
+    for name in registry.names():
+        aliases = registry.aliases(name)
+        for version in registry.versions(name):
+            here = ", ".join(sorted(alias for alias, number in aliases.items() if number == version.number))
+            rows.append((version.ref, version.kind, version.base or "-", here or "-", version.published_at))
+    if len(rows) == 1:
+        print("No models are published in this store yet. A run publishes one if its spec has `publish`.")
+        return
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _show_model(options: argparse.Namespace) -> None:
+    registry = _registry(options)
+    version = registry.resolve(options.model)
+    for key, value in _details(version).items():
+        print(f"{key:>12}  {value}")
+    for alias, number in sorted(registry.aliases(version.name).items()):
+        history = " -> ".join(str(entry.number) for entry in registry.history(version.name, alias))
+        print(f"{'alias':>12}  {alias} = {version.name}@{number} (history: {history})")
+    for file in version.files:
+        print(f"{'file':>12}  {file.path}  {file.size_bytes} bytes  sha256 {file.sha256}")
+
+
+def _details(version: ModelVersion) -> dict[str, str]:
+    base = f"{version.base} (digest {version.base_digest})" if version.base else "-"
+    shown = {"model": version.ref, "kind": version.kind, "digest": version.digest, "base": base, "published": version.published_at}
+    shown |= {key: str(value) for key, value in version.lineage.items()}
+    return shown | {key: f"{value:.6g}" for key, value in version.metrics.items()}
+
+
+def _promote(options: argparse.Namespace) -> None:
+    registry = _registry(options)
+    name, _, number = options.model.partition("@")
+    if not number.isdigit():
+        raise SpecError(f"Which version of {name}? Give {name}@VERSION; `tidepool models list` shows them.")
+    registry.promote(name, int(number), options.alias, expected=options.expected)
+    print(f"{name}:{options.alias} is {name}@{number} now.")
+
+
+def _rollback(options: argparse.Namespace) -> None:
+    version = _registry(options).rollback(options.model, options.alias)
+    print(f"{options.model}:{options.alias} is {version.ref} now.")
+
+
+def _up(options: argparse.Namespace) -> None:
+    if (running := local_cluster.load(_CLUSTER_FILE)) is not None:
+        raise ClusterError(f"A cluster runs already (dashboard {running.dashboard_url}); stop it first: make down.")
+    url = options.store or os.environ.get(STORE_VARIABLE) or _LOCAL_STORE.absolute().as_uri()
+    store = open_store(url)
+    print("Starting a Ray cluster", flush=True)
+    cluster = local_cluster.start(url, options.num_cpus, Path(".tidepool/ray.log"), usual_ports=True)
+    local_cluster.save(cluster, _CLUSTER_FILE)
+    models = Registry(store).names()
+    if models:
+        print(f"Serving {', '.join(models)}", flush=True)
+        local_cluster.serve(cluster, models)
+    print(f"store      {url}\ndashboard  {cluster.dashboard_url}")
+    if models:
+        print(f"API        {cluster.api_url} (models: {', '.join(models)})")
+    else:
+        print("API        not served: no model is published in this store yet (`make demo` makes two)")
+    print(f"submit     ray job submit --address {cluster.dashboard_url} --working-dir . -- python jobs/train.py jobs/lora.yaml")
+    print("stop       make down")
+
+
+def _down(_options: argparse.Namespace) -> None:
+    cluster = local_cluster.load(_CLUSTER_FILE)
+    if cluster is None:
+        print("No cluster runs that `tidepool up` started here.")
+    else:
+        local_cluster.stop(cluster)
+        print("Stopped.")
+    _CLUSTER_FILE.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,226 @@
+"""A Ray cluster of this machine alone, on loopback: what `tidepool up`, the demo and the tests run on.
+
+Invariants:
+- Every process is a descendant of the one `ray start --block` that was started here, and is ended by its pid; Ray
+  clusters of other people on the machine are never touched (`ray stop` would end them too).
+- Its ports are free ones, and its temporary folder goes with it.
+- Its processes find the library, the Serve application and the store in their environment, as the nodes of
+  `cluster.yaml` do.
+"""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import tidepool
+from tidepool.errors import ClusterError
+from tidepool.specs import STORE_VARIABLE
+
+_START_TIMEOUT_S = 120
+_STOP_TIMEOUT_S = 30
+_SERVE_TIMEOUT_S = 180
+_REQUEST_TIMEOUT_S = 30
+_POLL_S = 0.1
+_OBJECT_STORE_BYTES = 200 * 2**20
+_APPLICATION = "tidepool"
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """A running cluster: `address` for `ray.init`, `dashboard_url` for `ray job submit --address`."""
+
+    pid: int
+    address: str
+    dashboard_url: str
+    http_port: int
+    store_url: str
+    temp_dir: str
+
+    @property
+    def api_url(self) -> str:
+        """The base URL of the OpenAI-compatible API, once `serve` returned."""
+        return f"http://127.0.0.1:{self.http_port}/v1"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a process needs in its environment to use this cluster."""
+        return environment(self.store_url) | {"RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.dashboard_url}
+
+
+def environment(store_url: str) -> dict[str, str]:
+    """This process's environment, with what the cluster's processes need: the library, the store, and plain HTTP on loopback."""
+    source = Path(tidepool.__path__[0]).parent
+    paths = [str(source.parent), str(source), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        STORE_VARIABLE: store_url,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_JOB_STOP_WAIT_TIME_S": "60",
+        "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }
+
+
+def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False) -> LocalCluster:
+    """Start a cluster with `num_cpus` logical CPUs and wait until it answers. Raises `ClusterError` that names the log.
+
+    `usual_ports` asks for the ports that Ray's documentation uses (8265, 8000), where they are free.
+    """
+    temp_dir = tempfile.mkdtemp(prefix="tidepool-ray-")
+    port, agent, client, dashboard, http = _free_ports([0, 0, 0, 8265, 8000] if usual_ports else [0] * 5)
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
+    options = {
+        "node-ip-address": "127.0.0.1",
+        "port": port,
+        "dashboard-host": "127.0.0.1",
+        "dashboard-port": dashboard,
+        "dashboard-agent-listen-port": agent,
+        "ray-client-server-port": client,
+        "num-cpus": num_cpus,
+        "num-gpus": 0,
+        "object-store-memory": _OBJECT_STORE_BYTES,
+        "temp-dir": temp_dir,
+    }
+    command += [f"--{name}={value}" for name, value in options.items()]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as output:
+        # A session of its own, so that Ctrl-C in the terminal reaches us and not Ray.
+        process = subprocess.Popen(
+            command, env=environment(store_url), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    cluster = LocalCluster(process.pid, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", http, store_url, temp_dir)
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while not _answers(f"{cluster.dashboard_url}/api/version"):
+        if process.poll() is not None or time.monotonic() > deadline:
+            stop(cluster)
+            raise ClusterError(f"The local Ray cluster did not start: see {log}.")
+        time.sleep(_POLL_S)
+    return cluster
+
+
+def serve(cluster: LocalCluster, models: Sequence[str]) -> None:
+    """Serve models by registry name on the cluster's HTTP port; returns when they answer. Raises `ClusterError`."""
+    application = {
+        "name": _APPLICATION,
+        "route_prefix": "/",
+        "import_path": "serve.app:build",
+        "args": {"store": cluster.store_url, "models": list(models)},
+    }
+    http = {"host": "127.0.0.1", "port": cluster.http_port}
+    url = f"{cluster.dashboard_url}/api/serve/applications/"
+    _request("PUT", url, {"proxy_location": "HeadOnly", "http_options": http, "applications": [application]})
+    deadline = time.monotonic() + _SERVE_TIMEOUT_S
+    while True:
+        state = _request("GET", url)["applications"].get(_APPLICATION, {})
+        if state.get("status") == "RUNNING" and _answers(f"{cluster.api_url[: -len('/v1')]}/health"):
+            return
+        if state.get("status") in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > deadline:
+            raise ClusterError(f"The models {', '.join(models)} cannot be served: {state.get('status')} {state.get('message', '')}")
+        time.sleep(_POLL_S)
+
+
+def stop(cluster: LocalCluster) -> None:
+    """End every process of the cluster and remove its temporary folder; no error if it is gone already."""
+    processes = _processes(cluster)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for process in processes:
+            # Only the top process on SIGTERM: it ends the others in their order.
+            if number == signal.SIGKILL or process.pid == cluster.pid:
+                _send(process, number)
+        _, processes = psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
+    shutil.rmtree(cluster.temp_dir, ignore_errors=True)
+
+
+def is_running(cluster: LocalCluster) -> bool:
+    """Whether the cluster's top process lives."""
+    return bool(_processes(cluster))
+
+
+def save(cluster: LocalCluster, path: Path) -> None:
+    """Write a cluster down for `load`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(cluster), indent=2))
+
+
+def load(path: Path) -> LocalCluster | None:
+    """The running cluster that was written down at `path`, None if there is none."""
+    try:
+        cluster = LocalCluster(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError) as error:
+        raise ClusterError(f"{path} is damaged ({error}): end the `ray start` process by hand and delete the file.") from error
+    return cluster if is_running(cluster) else None
+
+
+def _processes(cluster: LocalCluster) -> list[psutil.Process]:
+    """The cluster's processes, the top one first; those whose parent died are known by the folder in their command line."""
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        if any(cluster.temp_dir in argument for argument in process.info["cmdline"] or []):
+            found.append(process)
+    family = {process.pid: process for process in found}
+    for process in found:
+        try:
+            family |= {child.pid: child for child in process.children(recursive=True)}
+        except psutil.NoSuchProcess:
+            continue
+    family.pop(os.getpid(), None)
+    return sorted(family.values(), key=lambda process: (process.pid != cluster.pid, process.pid))
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):  # it went by itself
+        process.send_signal(number)
+
+
+def _request(method: str, url: str, body: object = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+    try:
+        with urllib.request.urlopen(request, timeout=_REQUEST_TIMEOUT_S) as response:
+            text = response.read()
+    except urllib.error.HTTPError as error:
+        raise ClusterError(f"{method} {url} was refused: {error.read().decode(errors='replace')}") from error
+    except OSError as error:
+        raise ClusterError(f"{url} does not answer ({error}): is the cluster still running?") from error
+    return json.loads(text) if text else None
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _free_ports(wanted: Sequence[int]) -> list[int]:
+    """Distinct ports that are free now on loopback: those wanted where that is possible, and any where 0 is."""
+    sockets = [socket.socket() for _ in wanted]
+    try:
+        for one, port in zip(sockets, wanted, strict=True):
+            try:
+                one.bind(("127.0.0.1", port))
+            except OSError:  # somebody has it
+                one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()

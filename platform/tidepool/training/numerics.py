@@ -1,0 +1,59 @@
+"""The numerics fingerprint: everything besides the spec that the bits of a result depend on.
+
+It stands in the run's resolved spec; a worker with another fingerprint is refused, because it would continue the run
+with other bits. On GPUs the deterministic algorithms of torch are switched on (not yet run on one).
+"""
+
+import os
+from collections.abc import Mapping
+
+import peft
+import torch
+import transformers
+
+from tidepool.errors import NumericsError
+from tidepool.specs import RunSpec, differences
+
+Fingerprint = dict[str, str | int]
+
+
+def prepare_process(device: torch.device, num_threads: int) -> None:
+    """Fix what may differ between processes: the number of threads, and on GPUs the choice of algorithms."""
+    torch.set_num_threads(num_threads)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+
+
+def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """What the forward and backward passes compute in. `auto` is bf16 on GPUs that have it, else float32."""
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
+
+
+def fingerprint(spec: RunSpec, device: torch.device) -> Fingerprint:
+    """The fingerprint of this process, after `prepare_process`."""
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    return {
+        "device": device.type,
+        "hardware": hardware,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "none",
+        "transformers": transformers.__version__,
+        "peft": peft.__version__,
+        "num_threads": torch.get_num_threads(),
+        "dtype": str(resolve_dtype(spec.training.precision, device)).removeprefix("torch."),
+        "attention": "sdpa",
+        "optimizer_kernel": spec.training.optimizer.kernel,
+    }
+
+
+def check_fingerprint(run: str, expected: Mapping[str, object], found: Mapping[str, object]) -> None:
+    """Raises `NumericsError` that shows the differences."""
+    if lines := differences(expected, found):
+        raise NumericsError(
+            f"This worker cannot continue run {run} with the same bits; run -> worker:\n  "
+            + "\n  ".join(lines)
+            + "\nUse workers like those that the run began on, or begin a new run from its last published model."
+        )
