@@ -1,0 +1,60 @@
+"""Whether a failed run is started again."""
+
+import pytest
+
+from tidepool.errors import (
+    BaseMismatchError,
+    CorruptCheckpointError,
+    NonFiniteError,
+    RunError,
+    StoreAccessError,
+    SupersededError,
+    TidepoolError,
+    WorkerLostError,
+)
+from tidepool.training.restarts import Failure, give_up
+
+
+def failure(step: int, error: Exception | str = "worker died", base_step: int = 0) -> Failure:
+    return Failure(base_step, step, RuntimeError(error) if isinstance(error, str) else error, "Traceback ...")
+
+
+@pytest.mark.parametrize("kind", [NonFiniteError, StoreAccessError, SupersededError, BaseMismatchError])
+def test_an_error_for_a_person_ends_the_run_with_that_error(kind: type[TidepoolError]) -> None:
+    error = kind("what to do")
+    assert give_up([failure(3, error)], 8) is error
+
+
+def test_a_dead_worker_is_replaced() -> None:
+    assert give_up([failure(3)], 8) is None
+
+
+def test_a_damaged_checkpoint_is_gone_around() -> None:
+    assert give_up([failure(0, CorruptCheckpointError("bad bytes"))], 8) is None
+
+
+def test_the_same_exception_at_the_same_step_is_a_bug() -> None:
+    error = give_up([failure(3, "index out of range"), failure(3, "index out of range")], 8)
+    assert isinstance(error, RunError)
+    assert "step 4" in str(error)
+    assert "Traceback ..." in str(error)
+
+
+def test_other_exceptions_and_other_steps_are_bad_luck() -> None:
+    assert give_up([failure(3, "port 1"), failure(3, "port 2"), failure(4, "port 2")], 8) is None
+
+
+def test_restarts_without_a_new_commit_are_bounded() -> None:
+    failures = [failure(step, base_step=10) for step in range(10, 13)]
+    assert give_up(failures, 3) is None
+    error = give_up([*failures, failure(14, base_step=10)], 3)
+    assert isinstance(error, WorkerLostError)
+    assert "4 times after the checkpoint of step 10" in str(error)
+
+
+def test_a_new_commit_resets_the_count() -> None:
+    assert give_up([failure(step, base_step=step) for step in range(0, 100, 10)], 1) is None
+
+
+def test_no_restarts_means_none() -> None:
+    assert isinstance(give_up([failure(3)], 0), WorkerLostError)
