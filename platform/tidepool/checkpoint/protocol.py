@@ -31,7 +31,7 @@ from torch import Tensor
 
 from tidepool.checkpoint.chain import Commit, Incarnation, visible_commits
 from tidepool.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, StoreError, SupersededError
-from tidepool.storage import ObjectStore, append, get_json, put_json, read_log
+from tidepool.storage import ObjectStore, append, get_json, log_numbers, put_json, read_log
 
 _logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 16 * 2**20
@@ -90,7 +90,7 @@ class Checkpoints:
             raise
 
     def _check_newest(self) -> None:
-        newest = max(number for number, _ in _incarnation_numbers(self._store, self._run))
+        newest = max(log_numbers(self._store, _incarnations_prefix(self._run)))
         if newest != self._incarnation.number:
             raise SupersededError(
                 f"Run {self._run} was taken over: incarnation {newest} is newer than this one ({self._incarnation.number}). "
@@ -217,11 +217,6 @@ def _verified_chunks(store: ObjectStore, run: str, commit: Commit, entry: Mappin
 
 def _corrupt(run: str, commit: Commit, what: str) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"Checkpoint {commit.name} (step {commit.step}) of run {run} cannot be used: {what}.")
-
-
-def _incarnation_numbers(store: ObjectStore, run: str) -> Iterator[tuple[int, str]]:
-    for info in store.list(_incarnations_prefix(run)):
-        yield int(info.key.rsplit("/", 1)[1].removesuffix(".json")), info.key
 
 
 def _list_incarnations(store: ObjectStore, run: str) -> list[Incarnation]:

@@ -1,0 +1,19 @@
+"""The object store: put-if-absent, get, size, list, delete, over a local directory, S3 and memory; JSON and logs on top."""
+
+from tidepool.storage.base import ObjectInfo, ObjectStore
+from tidepool.storage.documents import get_json, put_json
+from tidepool.storage.log import LogEntry, append, log_numbers, read_last, read_log
+from tidepool.storage.urls import open_store
+
+__all__ = [
+    "LogEntry",
+    "ObjectInfo",
+    "ObjectStore",
+    "append",
+    "get_json",
+    "log_numbers",
+    "open_store",
+    "put_json",
+    "read_last",
+    "read_log",
+]
