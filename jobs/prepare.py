@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
+
 from tidepool.data import DatasetInfo, Progress, prepare, sample_texts
 from tidepool.errors import TidepoolError
 from tidepool.models import copy_tokenizer, fetch_model, find_model, load_tokenizer, train_tokenizer

@@ -45,7 +45,10 @@ def test_the_digest_depends_on_meaning_alone() -> None:
         ({"training": {}}, "training.steps: missing"),
         ({"training": {"steps": 0}}, "training.steps: "),
         ({"training": {"steps": 1, "global_batch_size": 10, "num_shards": 4}}, "must be a multiple of num_shards"),
-        ({"training": {"steps": 1, "global_batch_size": 16, "num_shards": 8, "micro_batch_size": 4}}, "must be a multiple of micro_batch_size"),
+        (
+            {"training": {"steps": 1, "global_batch_size": 16, "num_shards": 8, "micro_batch_size": 4}},
+            "must be a multiple of micro_batch_size",
+        ),
         ({"training": {"steps": 1, "optimizer": {"warmup_steps": 2}}}, "cannot exceed steps"),
         ({"training": {"steps": 1, "optimizer": {"learning_rate": float("nan")}}}, "training.optimizer.learning_rate"),
         ({"workers": {"num_workers": 9}}, "exceeds training.num_shards"),
@@ -119,7 +122,9 @@ def test_differences_name_what_changed() -> None:
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": None}) == ["a.c: 2 -> 3"]
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c), max_leaves=8)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c), max_leaves=8
+)
 
 
 @given(st.dictionaries(st.text(), JSON))

@@ -41,7 +41,7 @@ def test_a_model_has_the_same_digest_wherever_it_lies(
     folder: Path, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Registry(store).publish("tides", "full", folder)
+    Registry(store).publish("tides", "full", folder, lineage={}, metrics={})
     sources = [find_model(ref, store) for ref in (str(folder), "./model", f"file://{folder}", "tides", "tides@1", "tides:production")]
     assert {source.digest for source in sources} == {files_digest(describe_folder(folder))}
     assert [source.ref for source in sources] == [str(folder), str(folder), f"file://{folder}", "tides@1", "tides@1", "tides@1"]

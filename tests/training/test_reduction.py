@@ -89,5 +89,5 @@ def test_few_gradient_copies_are_held() -> None:
 
     buffers.take = counting_take  # type: ignore[method-assign]
     for _ in range(3):
-        buffers.give_back(reduce_gradients(lambda shard: None, 64, buffers, LocalGroup()))
+        buffers.give_back(reduce_gradients(lambda _shard: None, 64, buffers, LocalGroup()))
     assert len(taken) <= 7  # log2(64) + 1

@@ -9,8 +9,6 @@ Invariants: a manifest lists every object with its size and sha256; it is never 
 """
 
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any, Literal
 from tidepool.data.order import Layout
 from tidepool.errors import DataError, ObjectNotFoundError
 from tidepool.registry import FileEntry, describe_folder, files_digest
-from tidepool.storage import ObjectStore, get_json, read_log
+from tidepool.storage import ObjectStore, fill_folder, get_json, read_log
 
 FORMAT = 1
 WINDOW_ROW_GROUPS = 16
@@ -137,26 +135,16 @@ def find_dataset(store: ObjectStore, ref: str) -> DatasetInfo:
 
 def fetch_tokenizer(store: ObjectStore, info: DatasetInfo, folder: Path) -> Path:
     """The dataset's tokenizer as files below `folder`, written whole or not at all; what is there already is used."""
-    target = folder / info.tokenizer_digest
-    if target.is_dir():
-        return target
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder, prefix=".tokenizer-"))
-    try:
+
+    def fill(temporary: Path) -> None:
         for file in info.tokenizer_files:
             path = temporary / file.path
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(_get(store, f"{info.prefix}tokenizer/{file.path}", info))
         if files_digest(describe_folder(temporary)) != info.tokenizer_digest:
             raise damaged(info, f"{info.prefix}tokenizer/")
-        try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was first, with the same files
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+
+    return fill_folder(folder / info.tokenizer_digest, fill)
 
 
 def damaged(info: DatasetInfo, key: str) -> DataError:

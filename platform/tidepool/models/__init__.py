@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from tidepool.models.packed import packed_attention_mask, packed_positions
     from tidepool.models.pretrained import check_tokenizer, export_model, load_model, load_tokenizer
     from tidepool.models.scratch import build_model
-    from tidepool.models.source import ModelSource, copy_tokenizer, fetch_model, find_model
+    from tidepool.models.source import ModelSource, cache_folder, copy_tokenizer, fetch_model, find_model
     from tidepool.models.tokenizer import train_tokenizer
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "add_lora",
     "attach_adapter",
     "build_model",
+    "cache_folder",
     "check_tokenizer",
     "copy_tokenizer",
     "export_adapter",
@@ -38,7 +39,7 @@ _MODULES = {
     "packed": ("packed_attention_mask", "packed_positions"),
     "pretrained": ("check_tokenizer", "export_model", "load_model", "load_tokenizer"),
     "scratch": ("build_model",),
-    "source": ("ModelSource", "copy_tokenizer", "fetch_model", "find_model"),
+    "source": ("ModelSource", "cache_folder", "copy_tokenizer", "fetch_model", "find_model"),
     "tokenizer": ("train_tokenizer",),
 }
 

@@ -14,15 +14,15 @@ Invariants:
 
 import fnmatch
 import hashlib
+import os
 import shutil
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tidepool.errors import ModelError, ObjectNotFoundError, RegistryError
-from tidepool.registry import FileEntry, ModelVersion, Registry, files_digest
-from tidepool.storage import ObjectStore, open_store
+from tidepool.registry import FileEntry, ModelVersion, Registry, files_digest, is_pickle
+from tidepool.storage import ObjectStore, fill_folder, open_store
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -36,8 +36,8 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 _MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.json")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _CHUNK_BYTES = 16 * 2**20
+CACHE_VARIABLE = "TIDEPOOL_CACHE"
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ def fetch_model(source: ModelSource, store: ObjectStore, cache: Path) -> Path:
     return folder
 
 
+def cache_folder() -> Path:
+    """Where this node keeps the models it has fetched: `TIDEPOOL_CACHE`, else `~/.cache/tidepool`."""
+    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "tidepool") / "models"
+
+
 def model_files(folder: Path) -> list[str]:
     """The names of the files in a local folder that make a model. Raises `ModelError` if it is none, or pickled."""
     try:
@@ -114,7 +119,7 @@ def _relevant(names: Iterable[str], where: str) -> list[str]:
     names = sorted(names)
     relevant = [name for name in names if _matches(name, _MODEL_FILES)]
     if not any(_matches(name, ("*.safetensors",)) for name in relevant):
-        pickles = [name for name in names if _matches(name, _PICKLES)]
+        pickles = [name for name in names if is_pickle(name)]
         if pickles:
             raise ModelError(
                 f"{where} has pickled weights only ({', '.join(pickles[:3])}): loading them could run any code, so Tidepool never does. "
@@ -164,27 +169,17 @@ def _describe_store(url: str) -> tuple[FileEntry, ...]:
 
 
 def _fetch_from_store(source: ModelSource, cache: Path) -> Path:
-    target = cache / source.digest
-    if target.is_dir():
-        return target
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=cache, prefix=".model-"))
-    store = open_store(source.ref)
-    try:
-        for name, size_bytes in _store_files(source.ref, store).items():
-            with (temporary / name).open("wb") as file:
-                file.writelines(_object_chunks(store, name, size_bytes))
-        _check_digest(source, _describe_model(temporary))
+    def fill(temporary: Path) -> None:
+        store = open_store(source.ref)
         try:
-            temporary.rename(target)
-        except OSError:
-            if not target.is_dir():  # else another process was first, with the same files
-                raise
-    except ObjectNotFoundError as error:
-        raise _changed(source) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+            for name, size_bytes in _store_files(source.ref, store).items():
+                with (temporary / name).open("wb") as file:
+                    file.writelines(_object_chunks(store, name, size_bytes))
+        except ObjectNotFoundError as error:
+            raise _changed(source) from error
+        _check_digest(source, _describe_model(temporary))
+
+    return fill_folder(cache / source.digest, fill)
 
 
 def _check_digest(source: ModelSource, files: tuple[FileEntry, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from tidepool.storage.base import ObjectInfo, ObjectStore
 from tidepool.storage.documents import get_json, put_json
+from tidepool.storage.folders import fill_folder
 from tidepool.storage.log import LogEntry, append, log_numbers, read_last, read_log
 from tidepool.storage.urls import open_store
 
@@ -10,6 +11,7 @@ __all__ = [
     "ObjectInfo",
     "ObjectStore",
     "append",
+    "fill_folder",
     "get_json",
     "log_numbers",
     "open_store",

@@ -12,10 +12,9 @@ from typing import Any
 
 
 class _Formatter(logging.Formatter):
-    converter = time.gmtime
-
     def __init__(self, as_json: bool) -> None:
         super().__init__("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
+        self.converter = time.gmtime
         self._as_json = as_json
 
     def format(self, record: logging.LogRecord) -> str:

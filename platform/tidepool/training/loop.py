@@ -95,8 +95,9 @@ class StepLoop:
         self.group.all_reduce(stats_S2)
         stats = stats_S2.cpu()
         total, num_targets = stats[:-1].cumsum(0)[-1].tolist()
-        loss = total / num_targets
-        norm = clip(gradient.div_(num_targets), spec.optimizer.clip_norm)
+        loss = total / num_targets if num_targets else math.nan
+        # Without the padding, whose length depends on the number of workers: a sum's bits depend on its length.
+        norm = clip(gradient.div_(num_targets)[: self._buffers.num_elements], spec.optimizer.clip_norm)
         self._check_finite(loss, norm, stats[:-1, 0])
         rate = learning_rate(self.step, spec.steps, spec.optimizer)
         set_learning_rate(self._optimizer, rate)

@@ -28,15 +28,15 @@ class GradientBuffers:
     def __init__(self, parameters: Mapping[str, Parameter], multiple: int) -> None:
         self._parameters = list(parameters.values())
         self._device = self._parameters[0].device
-        num_elements = sum(p.numel() for p in self._parameters)
-        self.num_elements = -(-num_elements // multiple) * multiple
+        self.num_elements = sum(p.numel() for p in self._parameters)
+        self._padded = -(-self.num_elements // multiple) * multiple
         self._free: list[Tensor] = []
 
     def take(self) -> Tensor:
-        """A buffer of zeros, (num_elements,)."""
+        """A buffer of zeros, (num_elements and padding,)."""
         if self._free:
             return self._free.pop().zero_()
-        return torch.zeros(self.num_elements, dtype=torch.float32, device=self._device)
+        return torch.zeros(self._padded, dtype=torch.float32, device=self._device)
 
     def give_back(self, buffer: Tensor) -> None:
         """The buffer is no longer needed."""
@@ -51,7 +51,7 @@ class GradientBuffers:
 
 
 def reduce_gradients(compute: Callable[[int], None], num_shards: int, buffers: GradientBuffers, group: Group) -> Tensor:
-    """The sum of all shards' gradients, (num_elements,), the same bits on every worker; the caller gives the buffer back.
+    """The sum of all shards' gradients, (num_elements and padding,), the same bits on every worker; the caller gives the buffer back.
 
     `compute(shard)` adds the gradient of one shard to the parameters' `.grad`. It is called for the shards of this
     worker, in ascending order.
@@ -93,4 +93,5 @@ def _exchange(sums: list[Tensor], covers: list[list[Node]], num_shards: int, gro
     num_sent = [len(sums) * slice_size] * group.size
     received = group.all_to_all(sent.view(-1), num_sent, [len(nodes) * slice_size for nodes in covers])
     values = dict(zip((node for nodes in covers for node in nodes), received.view(-1, slice_size), strict=True))
-    return fold(Node(0, num_shards), values.get, torch.Tensor.add_).contiguous()
+    total: Tensor = fold(Node(0, num_shards), values.get, torch.Tensor.add_)
+    return total.contiguous()

@@ -7,7 +7,6 @@ Which worker it is, on which device, and who listens to its metrics are handed i
 """
 
 import logging
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from tidepool.models import (
     ModelSource,
     add_lora,
     build_model,
+    cache_folder,
     check_tokenizer,
     export_adapter,
     export_model,
@@ -42,7 +42,6 @@ from tidepool.training.pins import Pins, base_source, check_worker, write_docume
 from tidepool.training.state import Tensors, tensors_digest
 
 _logger = logging.getLogger(__name__)
-CACHE_VARIABLE = "TIDEPOOL_CACHE"
 _ROW_GROUPS_CACHED = 32
 
 
@@ -193,11 +192,6 @@ def read_result(store: ObjectStore, run: str) -> dict[str, Any] | None:
         return get_json(store, _result_key(run))
     except ObjectNotFoundError:
         return None
-
-
-def cache_folder() -> Path:
-    """Where fetched models are kept on this node: `TIDEPOOL_CACHE`, else `~/.cache/tidepool`."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "tidepool") / "models"
 
 
 def _result_key(run: str) -> str:

@@ -1,0 +1,303 @@
+"""Publishing, resolving, promoting and fetching model versions, in an object store.
+
+    blobs/<sha256>                         files by content: a file that two versions share is stored once
+    models/<name>/versions/<n>.json        an append-only log of versions
+    models/<name>/aliases/<alias>/<k>.json an append-only log of where an alias points; the highest entry counts
+
+Invariants:
+- A version is visible when its log entry is, and then all of its files are in the store.
+- No version and no alias entry is ever changed. Two writers at once get different numbers, or one is told.
+- Publishing the same files from the same run twice gives one version (a driver may die before it can say that it published).
+- What `fetch` returns has been verified against the sha256 of each file.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from tidepool.errors import AliasMovedError, ObjectExistsError, ObjectNotFoundError, RegistryError, StoreError
+from tidepool.registry.versions import FileEntry, Kind, ModelVersion, describe_folder, files_digest, is_pickle
+from tidepool.specs import Name
+from tidepool.storage import LogEntry, ObjectStore, append, fill_folder, get_json, log_numbers, read_last, read_log
+
+DEFAULT_ALIAS = "production"
+_CHUNK_BYTES = 16 * 2**20
+_name = TypeAdapter(Name)
+
+
+@dataclass(frozen=True)
+class AliasEntry:
+    """One move of an alias, the `entry`th: to version `number`; a rollback takes the move before it back."""
+
+    entry: int
+    number: int
+    is_rollback: bool
+    moved_at: str
+
+
+class Registry:
+    """The registry of one object store."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self._store = store
+
+    # --- Writing -----------------------------------------------------------------------------------------------------
+
+    def publish(
+        self,
+        name: str,
+        kind: Kind,
+        folder: Path,
+        *,
+        base: str | None = None,
+        base_digest: str | None = None,
+        lineage: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        alias: str | None = DEFAULT_ALIAS,
+    ) -> ModelVersion:
+        """Store a folder as the next version of `name` and point `alias` at it (unless None).
+
+        `lineage` (JSON) says where it came from; the same files with the same lineage are one version, however often
+        they are published. Raises `RegistryError` for a folder that is empty or holds pickles, `StoreError`.
+        """
+        _check_name(name)
+        files = describe_folder(folder)
+        if not files:
+            raise RegistryError(f"{folder} holds no files to publish as {name}.")
+        if pickles := [file.path for file in files if is_pickle(file.path)]:
+            raise RegistryError(
+                f"{folder} holds {', '.join(pickles)}: only safetensors are published, never pickles. Convert or remove them."
+            )
+        for file in files:
+            self._put_blob(file, folder / file.path)
+        wanted = ModelVersion(
+            name,
+            0,
+            kind,
+            files_digest(files),
+            files,
+            base,
+            base_digest,
+            dict(lineage),
+            dict(metrics),
+            datetime.now(UTC).isoformat("T", "seconds"),
+        )
+        version = self._find_same(wanted)
+        if version is None:
+            entry = append(self._store, _versions_prefix(name), wanted.to_json())
+            version = ModelVersion.from_json(name, entry.number, entry.value)
+        # An alias that has pointed here and was moved on since (a rollback, say) is not moved back by publishing again.
+        if alias is not None and version.number not in (entry.number for entry in self.history(name, alias)):
+            self.promote(name, version.number, alias)
+        return version
+
+    def promote(self, name: str, number: int, alias: str = DEFAULT_ALIAS, *, expected: int | None = None) -> None:
+        """Point an alias at a version; with `expected`, only if it points to that version now.
+
+        Raises `RegistryError` if there is no such version, `AliasMovedError` if somebody else moved the alias meanwhile.
+        """
+        _check_name(alias)
+        self._version(name, number)
+        prefix = _alias_prefix(name, alias)
+        last = read_last(self._store, prefix)
+        if expected is not None and (last is None or last.value["number"] != expected):
+            now = f"{name}@{last.value['number']}" if last else "nothing yet"
+            raise AliasMovedError(f"{name}:{alias} points to {now}, not to {name}@{expected}: look again before you move it.")
+        self._move(name, alias, number, (last.number if last else 0) + 1, is_rollback=False)
+
+    def rollback(self, name: str, alias: str = DEFAULT_ALIAS) -> ModelVersion:
+        """Point an alias at the version it pointed to before the present one; again and again goes further back.
+
+        Raises `RegistryError` if there was none before, `AliasMovedError` if somebody else moved the alias meanwhile.
+        """
+        history = self.history(name, alias)
+        number = _before(history)
+        if number is None:
+            raise RegistryError(
+                f"{name}:{alias} has no version to go back to" + (": it was never moved." if history else ": it does not exist.")
+            )
+        version = self._version(name, number)
+        self._move(name, alias, number, history[-1].entry + 1, is_rollback=True)
+        return version
+
+    def _move(self, name: str, alias: str, number: int, entry: int, is_rollback: bool) -> None:
+        value = {"number": number, "is_rollback": is_rollback, "moved_at": datetime.now(UTC).isoformat("T", "seconds")}
+        try:
+            append(self._store, _alias_prefix(name, alias), value, expected_number=entry)
+        except ObjectExistsError as error:
+            raise AliasMovedError(
+                f"Somebody else moved {name}:{alias} at the same time: look where it points now, then try again."
+            ) from error
+
+    def _put_blob(self, file: FileEntry, path: Path) -> None:
+        with suppress(ObjectExistsError):  # the same content; an object is absent or whole
+            self._store.put_if_absent(_blob_key(file.sha256), path)
+        stored = self._store.size(_blob_key(file.sha256))
+        if stored != file.size_bytes:
+            raise StoreError(
+                f"{self._store.url} holds {stored} bytes of {_blob_key(file.sha256)}, which has {file.size_bytes} ({file.path}): "
+                "delete that object and publish again."
+            )
+
+    def _find_same(self, wanted: ModelVersion) -> ModelVersion | None:
+        same = (
+            v
+            for v in self.versions(wanted.name)
+            if (v.digest, v.base_digest, v.lineage) == (wanted.digest, wanted.base_digest, wanted.lineage)
+        )
+        return next(same, None)
+
+    # --- Reading -----------------------------------------------------------------------------------------------------
+
+    def resolve(self, ref: str) -> ModelVersion:
+        """The version that `name` (where `production` points, else the newest), `name@3` or `name:alias` means.
+
+        Raises `RegistryError` naming what there is.
+        """
+        name, at, number = ref.partition("@")
+        if at:
+            if not number.isdigit():
+                raise RegistryError(f"{ref!r} is not a version: write {name}@3 for the third one, {name}:ALIAS for an alias.")
+            return self._version(name, int(number))
+        name, colon, alias = ref.partition(":")
+        pointed = self._last(name, alias or DEFAULT_ALIAS)
+        if pointed is not None:
+            return self._version(name, pointed)
+        numbers = self._numbers(name)
+        if colon:
+            exist = ", ".join(sorted(self.aliases(name))) or "none"
+            raise RegistryError(f"{name} has no alias {alias!r}; its aliases: {exist}.")
+        return self._version(name, numbers[-1])
+
+    def names(self) -> list[str]:
+        """All models that have a version, sorted."""
+        return sorted({key[1] for key in (info.key.split("/") for info in self._store.list("models/")) if key[2] == "versions"})
+
+    def versions(self, name: str) -> list[ModelVersion]:
+        """All versions of a name, ascending; none if there are none."""
+        return [ModelVersion.from_json(name, entry.number, entry.value) for entry in read_log(self._store, _versions_prefix(name))]
+
+    def aliases(self, name: str) -> dict[str, int]:
+        """Where each alias of a name points."""
+        names = {info.key.split("/")[3] for info in self._store.list(f"models/{name}/aliases/")}
+        return {alias: number for alias in sorted(names) if (number := self._last(name, alias)) is not None}
+
+    def history(self, name: str, alias: str = DEFAULT_ALIAS) -> list[AliasEntry]:
+        """Every move of an alias, the first one first."""
+        return [_alias_entry(entry) for entry in read_log(self._store, _alias_prefix(name, alias))]
+
+    def fetch(self, version: ModelVersion, folder: Path) -> Path:
+        """The version's files below `folder/<digest>`, verified, and complete or not there at all.
+
+        A folder that is there already is used; several processes may fetch at once. Raises `RegistryError` for a file
+        that is missing or not the one that was published.
+        """
+
+        def fill(temporary: Path) -> None:
+            for file in version.files:
+                path = temporary / file.path
+                if not path.resolve().is_relative_to(temporary.resolve()):
+                    raise RegistryError(
+                        f"{version.ref} names the file {file.path!r}, which is outside its folder: do not use this version."
+                    )
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._fetch_file(version, file, path)
+            if files_digest(describe_folder(temporary)) != version.digest:
+                raise RegistryError(f"The files of {version.ref} are not those of its digest: its entry is damaged. Use another version.")
+
+        return fill_folder(folder / version.digest, fill)
+
+    def _fetch_file(self, version: ModelVersion, file: FileEntry, path: Path) -> None:
+        sha256 = hashlib.sha256()
+        try:
+            with path.open("wb") as output:
+                for chunk in self._chunks(file):
+                    sha256.update(chunk)
+                    output.write(chunk)
+        except ObjectNotFoundError as error:
+            raise RegistryError(
+                f"{file.path} of {version.ref} is missing from the store: use another version, or publish it again."
+            ) from error
+        if sha256.hexdigest() != file.sha256:
+            raise RegistryError(
+                f"{file.path} of {version.ref} is not what was published (sha256 differs): use another version, or delete "
+                f"{_blob_key(file.sha256)} from the store and publish it again."
+            )
+
+    def _chunks(self, file: FileEntry) -> Iterator[bytes]:
+        for start in range(0, file.size_bytes, _CHUNK_BYTES):
+            yield self._store.get(_blob_key(file.sha256), start, _CHUNK_BYTES)
+        if file.size_bytes == 0:
+            self._store.size(_blob_key(file.sha256))
+
+    def _last(self, name: str, alias: str) -> int | None:
+        _check_name(name)
+        _check_name(alias)
+        last = read_last(self._store, _alias_prefix(name, alias))
+        return _alias_entry(last).number if last else None
+
+    def _numbers(self, name: str) -> list[int]:
+        numbers = log_numbers(self._store, _versions_prefix(name))
+        if not numbers:
+            known = self.names()
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known) or 'none yet'}."
+            raise RegistryError(f"No model {name!r} in {self._store.url}; {hint}")
+        return numbers
+
+    def _version(self, name: str, number: int) -> ModelVersion:
+        _check_name(name)
+        try:
+            value = get_json(self._store, f"{_versions_prefix(name)}{number}.json")
+        except ObjectNotFoundError as error:
+            numbers = self._numbers(name)
+            raise RegistryError(f"No version {number} of {name}; its versions: {', '.join(map(str, numbers))}.") from error
+        except ValueError as error:
+            raise RegistryError(f"Version {number} of {name} in the registry is damaged ({error}): use another version.") from error
+        return ModelVersion.from_json(name, number, value)
+
+
+def _before(history: list[AliasEntry]) -> int | None:
+    """The version before the present one: the moves as a stack, from which each rollback takes the last one off."""
+    stack: list[int] = []
+    for entry in history:
+        if entry.is_rollback:
+            stack.pop()
+        else:
+            stack.append(entry.number)
+    return stack[-2] if len(stack) > 1 else None
+
+
+def _alias_entry(entry: LogEntry) -> AliasEntry:
+    try:
+        return AliasEntry(entry.number, int(entry.value["number"]), bool(entry.value["is_rollback"]), str(entry.value["moved_at"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise RegistryError(f"Entry {entry.number} of an alias is damaged ({error!r}): promote the version that you want again.") from error
+
+
+def _check_name(name: str) -> None:
+    try:
+        _name.validate_python(name)
+    except ValidationError as error:
+        raise RegistryError(
+            f"{name!r} cannot be the name of a model or an alias: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+        ) from error
+
+
+def _versions_prefix(name: str) -> str:
+    return f"models/{name}/versions/"
+
+
+def _alias_prefix(name: str, alias: str) -> str:
+    return f"models/{name}/aliases/{alias}/"
+
+
+def _blob_key(sha256: str) -> str:
+    return f"blobs/{sha256}"
