@@ -21,6 +21,7 @@
     │   ├── NonFiniteError          a loss or gradient norm that is not a finite number
     │   └── WorkerLostError         workers died and the retries are used up
     ├── RequestError                a request to the engine that it cannot serve as written
+    ├── EngineBusyError             an engine whose queue is full: the same request may succeed later
     └── ClusterError                the Ray cluster does not answer or lacks what is asked
 
 A message says what happened, where, and what to do. Each error is built from its message alone, so that it survives
@@ -110,6 +111,10 @@ class WorkerLostError(RunError):
 
 class RequestError(TidepoolError):
     """A request to the engine that it cannot serve as written."""
+
+
+class EngineBusyError(TidepoolError):
+    """An engine whose queue is full: the same request may succeed later."""
 
 
 class ClusterError(TidepoolError):

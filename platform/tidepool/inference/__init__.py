@@ -1,0 +1,1 @@
+"""Inference: the engine's interface, and a plain batched engine. Knows no Ray and no HTTP."""

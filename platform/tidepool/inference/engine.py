@@ -1,0 +1,88 @@
+"""What an engine is: five calls, and the messages that travel through them.
+
+Five, because that is all a server has to ask of whatever computes tokens (our batched engine, later a paged one, or
+another project's): take a request and stream its tokens, stop one, make an adapter usable, forget one, and tell how busy
+it is. Which model is behind it is decided when it is built. Knows no Ray, no HTTP and no names: adapters go by digest.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class SamplingParameters:
+    """How tokens are chosen. `temperature` 0 takes the most likely one; `seed` makes the draws of a request repeatable."""
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """A prompt of at least one token to continue, with the adapter of this digest (None: the base model alone)."""
+
+    request_id: str
+    prompt_tokens: tuple[int, ...]
+    sampling: SamplingParameters
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a request produced since its last output: tokens, and the text that is certain now.
+
+    Texts put together are the whole answer: valid UTF-8, without stop strings and special tokens. The last output alone
+    has a `finish_reason`.
+    """
+
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """How busy an engine is now; `num_generated_tokens` counts from its start. `adapters`: digests that are loaded."""
+
+    num_running: int
+    num_queued: int
+    num_generated_tokens: int
+    adapters: tuple[str, ...]
+
+
+class Engine(Protocol):
+    """See the module's docstring. All calls are made in one event loop."""
+
+    def submit(self, request: GenerationRequest) -> AsyncIterator[Output]:
+        """Stream a request's outputs. Leaving the iteration early (`aclose`) cancels it.
+
+        Raises `RequestError` at once for a request that can never be served (no prompt, too long, unknown adapter, id in
+        use), and `EngineBusyError` if the queue is full.
+        """
+        ...
+
+    def cancel(self, request_id: str) -> None:
+        """End a request, whose stream then ends with `cancelled`; no error if there is none (it may just have ended)."""
+        ...
+
+    async def load_adapter(self, digest: str, folder: Path) -> None:
+        """Make an adapter usable, from a local folder, while other requests go on; nothing if it is loaded.
+
+        Raises `ModelError` (`BaseMismatchError`) if it does not belong to this engine's model.
+        """
+        ...
+
+    async def drop_adapter(self, digest: str) -> None:
+        """Forget an adapter once the requests that use it have ended; no error if it is not there."""
+        ...
+
+    def stats(self) -> EngineStats:
+        """How busy the engine is."""
+        ...
