@@ -249,7 +249,7 @@ class RunSpec(StoredSpec):
 
 
 class EvaluationSpec(StoredSpec):
-    """A published model (or none: an untrained one) on a dataset's held-out tokens."""
+    """A model or adapter (registry name, path, store URL, hub name) to measure on a dataset's held-out tokens."""
 
     model: str
     dataset: str

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tidepool.models.adapter import add_lora, attach_adapter, export_adapter
+    from tidepool.models.opened import OpenedModel, open_model
     from tidepool.models.packed import packed_attention_mask, packed_positions
     from tidepool.models.pretrained import check_tokenizer, export_model, load_model, load_tokenizer
     from tidepool.models.scratch import build_model
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelSource",
+    "OpenedModel",
     "add_lora",
     "attach_adapter",
     "build_model",
@@ -29,6 +31,7 @@ __all__ = [
     "find_model",
     "load_model",
     "load_tokenizer",
+    "open_model",
     "packed_attention_mask",
     "packed_positions",
     "train_tokenizer",
@@ -36,6 +39,7 @@ __all__ = [
 
 _MODULES = {
     "adapter": ("add_lora", "attach_adapter", "export_adapter"),
+    "opened": ("OpenedModel", "open_model"),
     "packed": ("packed_attention_mask", "packed_positions"),
     "pretrained": ("check_tokenizer", "export_model", "load_model", "load_tokenizer"),
     "scratch": ("build_model",),

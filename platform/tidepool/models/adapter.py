@@ -86,6 +86,14 @@ def attach_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str, 
     return adapted.eval()
 
 
+def recorded_base(folder: Path) -> str | None:
+    """The reference of the base that an adapter's folder names, if it does."""
+    if (folder / _RECORD).is_file():
+        return str(read_json(folder / _RECORD)["base"])
+    name: str | None = read_json(folder / _CONFIG).get("base_model_name_or_path")
+    return name
+
+
 @contextmanager
 def _without_deprecations() -> Iterator[None]:
     """Hide what peft 0.21 uses of transformers against its advice: no user of Tidepool can act on it."""

@@ -51,3 +51,7 @@ class TensorBoardSink:
             _logger.warning("metrics of the last steps could not be stored", exc_info=True)
         self._folder.cleanup()
         self._writer = self._folder = None
+
+    def close(self) -> None:
+        """Flush; nothing is left on this machine."""
+        self.flush()

@@ -9,6 +9,7 @@ Which worker it is, on which device, and who listens to its metrics are handed i
 import logging
 import tempfile
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,9 +71,11 @@ def run_task(task: Task, group: Group, device: torch.device, sinks: list[Sink], 
     prepare_process(device, spec.workers.threads_per_worker)
     store = open_store(spec.store)
     _settle(task, store, group, device)
-    with tempfile.TemporaryDirectory(prefix="tidepool-worker-") as folder:
+    tensorboard = TensorBoardSink(store.put_if_absent, f"runs/{spec.run}/tensorboard/", task.incarnation.number)
+    # A run that fails flushes what it has measured on the way out: the last steps tell why.
+    with tempfile.TemporaryDirectory(prefix="tidepool-worker-") as folder, closing(tensorboard):
         parts = _build_parts(task, store, Path(folder), device)
-        loop = _build_loop(task, parts, store, group, sinks, beat)
+        loop = _build_loop(task, parts, store, group, FanOut([LogSink(), tensorboard, *sinks]), beat)
         finished = loop.run()
         if not finished:
             return Outcome(False, loop.step, None)
@@ -112,14 +115,13 @@ def _build_parts(task: Task, store: ObjectStore, folder: Path, device: torch.dev
         if spec.model.lora:
             model = add_lora(model, spec.model.lora, spec.seed, base.ref)
     if spec.training.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable()
     return _Parts(info, tokenizer, base, model.to(device))
 
 
-def _build_loop(task: Task, parts: _Parts, store: ObjectStore, group: Group, sinks: list[Sink], beat: Beat) -> StepLoop:
+def _build_loop(task: Task, parts: _Parts, store: ObjectStore, group: Group, sink: Sink, beat: Beat) -> StepLoop:
     spec = task.spec
     checkpoints = Checkpoints(store, spec.run, task.incarnation)
-    tensorboard = TensorBoardSink(store.put_if_absent, f"runs/{spec.run}/tensorboard/", task.incarnation.number)
 
     def commit(step: int, state: dict[str, Tensors]) -> None:
         made = checkpoints.save(step, state, {"dataset": task.pins.dataset, "base": task.pins.base, "spec_digest": spec.digest})
@@ -133,7 +135,7 @@ def _build_loop(task: Task, parts: _Parts, store: ObjectStore, group: Group, sin
         held_out=Dataset(store, parts.info, "held_out", _ROW_GROUPS_CACHED),
         group=group,
         dtype=resolve_dtype(spec.training.precision, next(parts.model.parameters()).device),
-        sink=FanOut([LogSink(), tensorboard, *sinks]),
+        sink=sink,
         beat=beat,
         commit=commit,
     )
