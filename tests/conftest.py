@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 
+import tidepool
+from tidepool import local_cluster
+from tidepool.local_cluster import LocalCluster
+
+NAMESPACE = "tidepool"
 _START_TIMEOUT_S = 60
 
 
@@ -63,3 +68,19 @@ def any_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"memory://{uuid.uuid4().hex}"
     url: str = request.getfixturevalue("s3_url")
     return url
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """The Ray cluster of this session, with a store in a local directory; this process is connected to it."""
+    import ray
+
+    folder = tmp_path_factory.mktemp("cluster")
+    running = local_cluster.start((folder / "store").as_uri(), num_cpus=4, log=folder / "ray.log")
+    try:
+        os.environ.update({"RAY_ADDRESS": running.address, "RAY_AUTH_MODE": "disabled"})
+        ray.init(running.address, namespace=NAMESPACE, log_to_driver=False, runtime_env={"py_modules": [tidepool.__path__[0]]})
+        yield running
+    finally:
+        ray.shutdown()
+        local_cluster.stop(running)

@@ -15,9 +15,12 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils.logging import disable_progress_bar
 
 from tidepool.errors import ModelError
 from tidepool.models.source import model_files
+
+disable_progress_bar()  # thousands of lines in a log of many workers, and one of them the last
 
 
 def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

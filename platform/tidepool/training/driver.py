@@ -48,8 +48,7 @@ def train(spec: RunSpec) -> Outcome:
     if (result := read_result(store, spec.run)) is not None:
         _logger.info("run %s is finished; give another `run` name to train again", spec.run)
         return Outcome(True, result["steps"], result)
-    connect()
-    with _coordinator(spec.run) as coordinator, _stop_signals() as stop:
+    with _connection(), _coordinator(spec.run) as coordinator, _stop_signals() as stop:
         failures: list[Failure] = []
         while True:
             incarnation = claim_incarnation(store, spec.run, {"spec_digest": spec.digest})
@@ -67,9 +66,11 @@ def train(spec: RunSpec) -> Outcome:
             pins = read_pins(spec, store) or pins
 
 
-def connect() -> None:
+@contextmanager
+def _connection() -> Iterator[None]:
     """Connect to the running Ray cluster and ship this library to its workers. Raises `ClusterError` if there is none."""
     if ray.is_initialized():
+        yield
         return
     try:
         ray.init("auto", namespace=NAMESPACE, runtime_env={"py_modules": [tidepool.__path__[0]]}, log_to_driver=True)
@@ -77,6 +78,10 @@ def connect() -> None:
         raise ClusterError(
             "No Ray cluster answers. Start one with `make up` (or `ray up cluster.yaml`), or submit with `ray job submit`."
         ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()  # after this no line of a worker comes between ours
 
 
 class Launcher:

@@ -1,0 +1,53 @@
+# make demo     set up and run the main job          make test     set up and pass the tests
+# make up       keep a cluster and the API running    make down     end them                 make models   what is published
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONPATH := $(CURDIR):$(CURDIR)/platform
+export TIDEPOOL_STORE ?= file://$(CURDIR)/.tidepool/demo/store
+
+.PHONY: setup demo test test-unit lint up down models lock clean
+
+setup: $(VENV)/.complete
+
+$(VENV)/.complete: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 12) else f"Tidepool needs Python 3.11 or 3.12, this is {v[0]}.{v[1]}: run make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "This Python cannot make environments: install its venv package (Debian, Ubuntu: apt install python3-venv)."; exit 1; }
+	@echo "Setting up $(VENV) (some minutes, once)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+demo: setup
+	@$(BIN)/python demo/demo.py
+
+test: setup
+	@$(BIN)/python -m pytest
+
+test-unit: setup
+	@$(BIN)/python -m pytest -m "not cluster"
+
+lint: setup
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+up: setup
+	@$(BIN)/python -m tidepool.cli up
+
+down: setup
+	@$(BIN)/python -m tidepool.cli down
+
+models: setup
+	@$(BIN)/python -m tidepool.cli models list
+
+# After a change of the dependencies: install what pyproject.toml asks for, then write down what that was.
+lock: setup
+	@$(BIN)/python -m pip install --quiet --upgrade --constraint requirements.lock -e '.[dev]'
+	@{ head -n 1 requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//'; } > requirements.new
+	@mv requirements.new requirements.lock
+
+clean:
+	@rm -rf $(VENV) .tidepool build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

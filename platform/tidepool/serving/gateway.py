@@ -1,0 +1,252 @@
+"""The HTTP gateway: OpenAI's completions and chat completions over a resolver and a backend. Knows no Ray.
+
+Invariants:
+- A request gets a status other than 200 for whatever fails before the engine has taken it. What fails in a stream after that
+  is its last event, `{"error": ...}`, and no `[DONE]` follows.
+- A client that leaves cancels its request at the backend, streaming or not.
+- An answer names the model that was asked for; its `system_fingerprint` names the version that answered.
+"""
+
+import asyncio
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from datetime import datetime
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
+
+from tidepool.errors import ClusterError
+from tidepool.inference.engine import Output
+from tidepool.registry import ModelVersion
+from tidepool.serving.answer import Answer, fingerprint, usage_of
+from tidepool.serving.backend import Backend, Call, Frame, Started
+from tidepool.serving.plan import base_digest_of
+from tidepool.serving.problem import Problem, Refusal, problem_of
+from tidepool.serving.protocol import Ask, parse_chat, parse_completion
+from tidepool.serving.resolver import Resolver
+
+MAX_BODY_BYTES = 8 * 2**20
+_CLIENT_LEFT = 499  # nobody reads it but a log
+
+T = TypeVar("T")
+
+
+def build_gateway(resolver: Resolver, backend: Backend) -> FastAPI:
+    """The ASGI application."""
+    app = FastAPI(title="Tidepool", docs_url=None, redoc_url=None, openapi_url=None)
+    gateway = _Gateway(resolver, backend)
+    app.add_api_route("/health", _health, methods=["GET"])
+    app.add_api_route("/v1/models", gateway.models, methods=["GET"])
+    app.add_api_route("/v1/models/{name}", gateway.model, methods=["GET"])
+    app.add_api_route("/v1/completions", gateway.completions, methods=["POST"], response_model=None)
+    app.add_api_route("/v1/chat/completions", gateway.chat_completions, methods=["POST"], response_model=None)
+    app.add_exception_handler(HTTPException, _unknown_route)
+    return app
+
+
+async def _health() -> Response:
+    return JSONResponse({"status": "ok"})
+
+
+async def _unknown_route(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path}: {error.detail}. See GET /v1/models, POST /v1/completions, POST /v1/chat/completions."
+    return _refused(Problem(error.status_code, message, "unknown_url"))
+
+
+class _Gateway:
+    def __init__(self, resolver: Resolver, backend: Backend) -> None:
+        self._resolver, self._backend = resolver, backend
+
+    async def models(self) -> Response:
+        async def work() -> Response:
+            models = await self._resolver.models()
+            return JSONResponse({"object": "list", "data": [_describe(name, version) for name, version in models.items()]})
+
+        return await _answered(work())
+
+    async def model(self, name: str) -> Response:
+        async def work() -> Response:
+            return JSONResponse(_describe(name, await self._resolver.resolve(name)))
+
+        return await _answered(work())
+
+    async def completions(self, request: Request) -> Response:
+        return await _answered(self._generate(request, parse_completion, is_chat=False))
+
+    async def chat_completions(self, request: Request) -> Response:
+        return await _answered(self._generate(request, parse_chat, is_chat=True))
+
+    async def _generate(self, request: Request, parse: Callable[[bytes], Ask], is_chat: bool) -> Response:
+        ask = parse(await _body(request))
+        version = await self._resolver.resolve(ask.model)
+        request_id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
+        answer = Answer(is_chat, request_id, int(time.time()), ask.model, fingerprint(version))
+        exchange = _Exchange(self._backend, _call(request_id, ask, version), answer, ask.include_usage)
+        if not ask.stream:
+            return JSONResponse(await _while_connected(request.receive, exchange.whole()))
+        # The engine takes the request before the status is sent, so that a refusal has a status of its own.
+        await _while_connected(request.receive, exchange.start())
+        return _EventStream(exchange)
+
+
+class _Exchange:
+    """One request at the backend, and the answer made from its frames."""
+
+    def __init__(self, backend: Backend, call: Call, answer: Answer, include_usage: bool) -> None:
+        self._frames = backend.generate(call)
+        self._answer, self._include_usage = answer, include_usage
+        self._num_prompt_tokens = self._num_tokens = 0
+
+    async def start(self) -> None:
+        """Wait until the engine has taken the request; ends the request if that fails."""
+        try:
+            first = await anext(self._frames)
+            assert isinstance(first, Started), first
+            self._num_prompt_tokens = first.num_prompt_tokens
+        except BaseException:
+            await self.close()
+            raise
+
+    async def close(self) -> None:
+        await self._frames.aclose()
+
+    async def whole(self) -> dict[str, Any]:
+        await self.start()
+        async with aclosing(self._frames):
+            texts, finish_reason = [], ""
+            async for output in self._outputs():
+                texts.append(output.text)
+                finish_reason = output.finish_reason or finish_reason
+            return self._answer.whole("".join(texts), finish_reason, self._usage)
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of the answer, after `start`."""
+        nothing_yet = {"usage": None} if self._include_usage else {}
+        for chunk in self._answer.opening():
+            yield chunk | nothing_yet
+        async for output in self._outputs():
+            if output.text:
+                yield self._answer.piece(output.text) | nothing_yet
+            if output.finish_reason is not None:
+                yield self._answer.ending(output.finish_reason) | nothing_yet
+        if self._include_usage:
+            yield self._answer.usage(self._usage)
+
+    @property
+    def _usage(self) -> dict[str, int]:
+        return usage_of(self._num_prompt_tokens, self._num_tokens)
+
+    async def _outputs(self) -> AsyncIterator[Output]:
+        async for frame in self._frames:
+            output = _expect_output(frame)
+            self._num_tokens += len(output.token_ids)
+            if output.finish_reason == "cancelled":
+                break
+            yield output
+            if output.finish_reason is not None:
+                return
+        raise ClusterError("The replica stopped before the answer was complete: try again.")
+
+
+class _EventStream(Response):  # type: ignore[misc]  # starlette is skipped by mypy
+    """Server-sent events of a started exchange."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, exchange: _Exchange) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._exchange = exchange
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope
+        try:
+            await _while_connected(receive, self._send(send))
+        except _ClientLeftError:
+            return
+        finally:
+            await self._exchange.close()
+
+    async def _send(self, send: Send) -> None:
+        async def send_event(text: str) -> None:
+            await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for chunk in self._exchange.events():
+                await send_event(json.dumps(chunk, ensure_ascii=False))
+            await send_event("[DONE]")
+        except Exception as error:  # noqa: BLE001  the status is sent: the client must still learn what happened
+            await send_event(json.dumps(problem_of(error).body))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class _ClientLeftError(Exception):
+    """The client closed its connection."""
+
+
+async def _while_connected(receive: Receive, work: Awaitable[T]) -> T:
+    """Do the work, unless the client leaves first: then it is cancelled, and `_ClientLeftError` raised."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _ClientLeftError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _answered(work: Awaitable[Response]) -> Response:
+    try:
+        return await work
+    except _ClientLeftError:
+        return Response(status_code=_CLIENT_LEFT)
+    except Exception as error:  # noqa: BLE001  whatever fails, the client gets OpenAI's error object and the log the rest
+        return _refused(problem_of(error))
+
+
+def _refused(problem: Problem) -> Response:
+    return JSONResponse(problem.body, problem.status, problem.headers)
+
+
+async def _body(request: Request) -> bytes:
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > MAX_BODY_BYTES:
+            raise Refusal(Problem(400, f"The body is larger than {MAX_BODY_BYTES} bytes.", "body_too_large"))
+    return bytes(body)
+
+
+def _call(request_id: str, ask: Ask, version: ModelVersion) -> Call:
+    base_digest = base_digest_of(version)
+    assert base_digest is not None, version.ref
+    adapter = version if version.kind == "adapter" else None
+    return Call(request_id, base_digest, adapter, ask.prompt, ask.max_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop)
+
+
+def _expect_output(frame: Frame) -> Output:
+    assert isinstance(frame, Output), frame
+    return frame
+
+
+def _describe(name: str, version: ModelVersion) -> dict[str, Any]:
+    """OpenAI's model object; `root` is the version that answers now, `parent` the base of an adapter."""
+    created = int(datetime.fromisoformat(version.published_at).timestamp())
+    parent = version.base if version.kind == "adapter" else None
+    return {"id": name, "object": "model", "created": created, "owned_by": "tidepool", "root": version.ref, "parent": parent}

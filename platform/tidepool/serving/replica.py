@@ -1,0 +1,125 @@
+"""A replica: one base model in an engine, and the adapters on it that requests ask for. Knows no Ray and no HTTP.
+
+Invariants:
+- An adapter is fetched and loaded when it is first asked for, once however many requests wait for it, while other requests
+  go on. A load that failed is tried again by the next request.
+- A request whose stream is closed or cancelled is cancelled at the engine, whatever it was waiting for.
+- Prompt and answer fit the context, or the request is refused with their lengths.
+
+Adapters are prompted with the base's tokenizer and chat template.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from tidepool.errors import BaseMismatchError, ModelError, RegistryError, RequestError
+from tidepool.inference.batched import BatchedEngine
+from tidepool.inference.engine import Engine, GenerationRequest, SamplingParameters
+from tidepool.models import ModelSource, attach_adapter, cache_folder, fetch_model, load_model, load_tokenizer
+from tidepool.registry import ModelVersion, Registry
+from tidepool.serving.backend import Call, ContextLengthError, Frame, Message, Prompt, Started
+from tidepool.specs import EngineSpec
+from tidepool.storage import open_store
+
+
+class Replica:
+    """Serves the calls for one base, in one event loop."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: PreTrainedTokenizerBase,
+        base_digest: str,
+        registry: Registry,
+        cache: Path,
+        context_length: int,
+    ) -> None:
+        self._engine, self._tokenizer, self._base_digest = engine, tokenizer, base_digest
+        self._registry, self._cache = registry, cache
+        self._context_length = context_length
+        self._loads: dict[str, asyncio.Task[None]] = {}
+
+    async def generate(self, call: Call) -> AsyncGenerator[Frame, None]:
+        """See `Backend.generate`; raises `BaseMismatchError` also for an adapter of another base."""
+        prompt_tokens = await asyncio.to_thread(self._tokens, call.prompt)
+        sampling = self._sampling(call, len(prompt_tokens))
+        if call.adapter is not None:
+            await self._load_adapter(call.adapter)
+        request = GenerationRequest(call.request_id, prompt_tokens, sampling, call.adapter.digest if call.adapter else None)
+        outputs = self._engine.submit(request)
+        try:
+            yield Started(len(prompt_tokens))
+            async for output in outputs:
+                yield output
+        finally:
+            self._engine.cancel(call.request_id)
+
+    # --- Prompts -----------------------------------------------------------------------------------------------------
+
+    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            return tuple(self._tokenizer(prompt)["input_ids"])
+        messages = [asdict(turn) for turn in prompt if isinstance(turn, Message)]
+        if not messages:
+            return tuple(token for token in prompt if isinstance(token, int))
+        if not self._tokenizer.chat_template:
+            raise RequestError("This model has no chat template, so it cannot chat: use /v1/completions.")
+        try:
+            return tuple(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        except TemplateError as error:
+            raise RequestError(f"The model's chat template refuses these messages: {error}") from error
+
+    def _sampling(self, call: Call, num_prompt_tokens: int) -> SamplingParameters:
+        room = self._context_length - num_prompt_tokens
+        max_tokens = max(room, 1) if call.max_tokens is None else call.max_tokens
+        if max_tokens > room:
+            raise ContextLengthError(
+                f"The model's context is {self._context_length} tokens; the prompt has {num_prompt_tokens} and at least {max_tokens} "
+                "more are asked for. Shorten the prompt, or ask for fewer tokens."
+            )
+        return SamplingParameters(max_tokens, call.temperature, call.top_p, call.seed, call.stop)
+
+    # --- Adapters ----------------------------------------------------------------------------------------------------
+
+    async def _load_adapter(self, version: ModelVersion) -> None:
+        if version.base_digest != self._base_digest:
+            raise BaseMismatchError(
+                f"{version.ref} was trained on {version.base} (files {str(version.base_digest)[:12]}), and this replica serves the "
+                f"base with the files {self._base_digest[:12]}."
+            )
+        # Again, if others' adapters have pushed it out before this request could use it.
+        while version.digest not in self._engine.stats().adapters:
+            load = self._loads.get(version.digest)
+            if load is None:
+                load = self._loads[version.digest] = asyncio.create_task(self._fetch_and_load(version))
+            await asyncio.shield(load)  # a client that leaves must not cancel the others' load
+
+    async def _fetch_and_load(self, version: ModelVersion) -> None:
+        try:
+            folder = await asyncio.to_thread(self._registry.fetch, version, self._cache)
+            await self._engine.load_adapter(version.digest, folder)
+        except RegistryError as error:
+            raise ModelError(f"The adapter {version.ref} cannot be fetched: {error}") from error
+        finally:
+            del self._loads[version.digest]
+
+
+def load_replica(store_url: str, base: ModelSource, spec: EngineSpec, device: Literal["cpu", "cuda"]) -> Replica:
+    """Fetch a base model and load it into an engine: bfloat16 on a GPU, float32 on the CPU. Raises `ModelError`, `StoreError`."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("The replica was given a GPU and torch finds none: install torch for CUDA, or set gpus_per_replica to 0.")
+    torch.set_num_threads(spec.threads)
+    store = open_store(store_url)
+    folder = fetch_model(base, store, cache_folder())
+    model = load_model(folder, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+    tokenizer = load_tokenizer(folder)
+    engine = BatchedEngine(model, tokenizer, spec, lambda present, path, name: attach_adapter(present, path, name, base.digest))
+    context_length = min(spec.max_sequence_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
+    return Replica(engine, tokenizer, base.digest, Registry(store), cache_folder(), context_length)

@@ -1,0 +1,421 @@
+"""The batched engine on real models: the same tokens alone and in company, and every way in which a request can end."""
+
+import asyncio
+import gc
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from tests.inference.conftest import BASE, answer, collect, endless, engine_of, request, run, text_of, tokens_of
+from tidepool.errors import EngineBusyError, ModelError, RequestError
+from tidepool.inference.batched import BatchedEngine
+from tidepool.specs import EngineSpec
+
+PROMPTS = [[40, 41, 42], [7] * 30, [100], list(range(60, 77)), [50, 3, 50, 3, 50], list(range(200, 160, -1))]
+
+
+@torch.no_grad()
+def generate(model: Any, prompt: list[int], max_tokens: int) -> tuple[int, ...]:
+    """What transformers makes of a prompt."""
+    tokens = torch.tensor([prompt])
+    answered = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_tokens, do_sample=False)
+    return tuple(answered[0, len(prompt) :].tolist())
+
+
+class Gate:
+    """Holds the model's forward passes back: each one waits for a permit, and the test for it to be there."""
+
+    def __init__(self, model: Any) -> None:
+        self._permits, self._arrivals = threading.Semaphore(0), threading.Semaphore(0)
+        self.shapes: list[tuple[int, int]] = []
+        self.lengths: list[int] = []
+        model.register_forward_pre_hook(self._wait, with_kwargs=True)
+
+    def _wait(self, _model: Any, _inputs: Any, named: dict[str, Any]) -> None:
+        self.shapes.append(tuple(named["input_ids"].shape))
+        self.lengths.append(named["attention_mask"].shape[1])
+        self._arrivals.release()
+        self._permits.acquire()
+
+    async def arrival(self) -> None:
+        await asyncio.to_thread(self._arrivals.acquire)
+
+    def open(self) -> None:
+        self._permits.release(10_000)
+
+
+def test_greedy_tokens_are_those_of_transformers_alone_and_in_company(model: Any, tokenizer: Any) -> None:
+    lengths = [20, 5, 33, 12, 26, 9]
+    expected = [generate(model, prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
+    asked = [request(prompt, length, f"r{index}") for index, (prompt, length) in enumerate(zip(PROMPTS, lengths, strict=True))]
+
+    async def alone_then_together(engine: BatchedEngine) -> None:
+        assert [await answer(engine, one) for one in asked] == expected
+        assert await asyncio.gather(*(answer(engine, one) for one in asked)) == expected
+        assert await asyncio.gather(*(answer(engine, one) for one in reversed(asked))) == expected[::-1]
+
+    run(model, tokenizer, alone_then_together, max_batch_size=4)
+
+
+def test_a_request_that_joins_late_changes_nothing_and_does_not_wait_for_a_long_one(model: Any, tokenizer: Any) -> None:
+    endless(model, tokenizer)
+    expected = [generate(model, PROMPTS[2], 80), generate(model, PROMPTS[5], 4), generate(model, PROMPTS[0], 4)]
+
+    async def late(engine: BatchedEngine) -> None:
+        first = engine.submit(request(PROMPTS[2], 80, "long"))
+        start = [await anext(first) for _ in range(5)]
+        short = [await answer(engine, request(PROMPTS[5], 4, "s1")), await answer(engine, request(PROMPTS[0], 4, "s2"))]
+        assert engine.stats().num_running == 1
+        assert [tokens_of(start) + tokens_of(await collect(first)), *short] == expected
+
+    run(model, tokenizer, late)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_tokens_are_the_same_in_any_traffic(model: Any, tokenizer: Any, seed: int) -> None:
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(300) for _ in range(rng.randint(1, 50))] for _ in range(12)]
+    lengths = [rng.randint(1, 40) for _ in prompts]
+    expected = [generate(model, prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
+
+    async def ask(engine: BatchedEngine, index: int, leave_after: int) -> None:
+        stream, found = engine.submit(request(prompts[index], lengths[index], f"r{index}")), []
+        async for output in stream:
+            found.append(output)
+            if len(found) == leave_after:
+                await stream.aclose()
+        assert tokens_of(found) == expected[index][:leave_after]
+
+    async def traffic(engine: BatchedEngine) -> None:
+        clock = engine.submit(request([5], 60, "clock"))
+        async with asyncio.TaskGroup() as group:
+            for index in range(len(prompts)):
+                group.create_task(ask(engine, index, rng.choice([1, 5, 1000])))
+                for _ in range(rng.randint(0, 3)):
+                    await anext(clock, None)
+        await collect(clock)
+
+    run(model, tokenizer, traffic, max_batch_size=4)
+
+
+def test_seeded_draws_do_not_depend_on_company(llama: Any, tokenizer: Any) -> None:
+    asked = [request(prompt, 15, f"r{seed}", None, 0.9, top_p=0.95, seed=seed) for seed, prompt in enumerate(PROMPTS)]
+
+    async def alone_then_together(engine: BatchedEngine) -> None:
+        alone = [await answer(engine, one) for one in asked]
+        assert await asyncio.gather(*(answer(engine, one) for one in asked)) == alone
+        assert await answer(engine, request(PROMPTS[0], 15, "r", None, 0.9, top_p=0.95, seed=99)) != alone[0]
+
+    run(llama, tokenizer, alone_then_together, max_batch_size=3)
+
+
+def test_prompts_are_computed_one_a_turn_and_rows_that_ended_no_more(llama: Any, tokenizer: Any) -> None:
+    gate = Gate(endless(llama, tokenizer))
+    gate.open()
+
+    async def three(engine: BatchedEngine) -> None:
+        await asyncio.gather(*(answer(engine, request([9] * 5, length, f"r{length}")) for length in (4, 2, 5)))
+
+    run(llama, tokenizer, three)
+    assert gate.shapes == [(1, 5), (1, 1), (1, 5), (2, 1), (1, 5), (2, 1), (1, 1), (1, 1), (1, 1)]
+
+
+def test_the_cache_is_as_long_as_the_longest_row_that_is_left(llama: Any, tokenizer: Any) -> None:
+    gate = Gate(endless(llama, tokenizer))
+    gate.open()
+
+    async def two(engine: BatchedEngine) -> None:
+        await asyncio.gather(answer(engine, request([9] * 50, 3, "long")), answer(engine, request([9] * 4, 4, "short")))
+
+    run(llama, tokenizer, two)
+    assert gate.lengths == [50, 51, 4, 52, 6, 7]
+
+
+# --- How a request ends ----------------------------------------------------------------------------------------------
+
+
+class Scripted(torch.nn.Module):
+    """Put in the place of a model's head, it makes the model say these tokens, one a forward pass, and then the last again."""
+
+    def __init__(self, tokens: list[int], num_tokens: int) -> None:
+        super().__init__()
+        self._left, self._num_tokens = list(tokens), num_tokens
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        token = self._left.pop(0) if len(self._left) > 1 else self._left[0]
+        return torch.nn.functional.one_hot(torch.full(hidden.shape[:2], token), self._num_tokens).float()
+
+
+def say(model: Any, tokenizer: Any, text: str, max_tokens: int = 100, stop: tuple[str, ...] = ()) -> list[Any]:
+    tokens = tokenizer(text)["input_ids"]
+    model.lm_head = Scripted(tokens, len(tokenizer))
+    found: list[Any] = []
+
+    async def ask(engine: BatchedEngine) -> None:
+        found.extend(await collect(engine.submit(request([5, 6], max_tokens, stop=stop))))
+
+    run(model, tokenizer, ask)
+    assert all(output.finish_reason is None for output in found[:-1])
+    return found
+
+
+@pytest.mark.parametrize("end", ["<|endoftext|>", "<|im_end|>"])
+def test_an_end_token_stops_and_is_no_text(llama: Any, tokenizer: Any, end: str) -> None:
+    outputs = say(llama, tokenizer, f"the tide 🌊{end}and more")
+    assert text_of(outputs) == "the tide 🌊"
+    assert outputs[-1].finish_reason == "stop"
+    assert tokens_of(outputs)[-1] == tokenizer.convert_tokens_to_ids(end)
+
+
+def test_end_tokens_are_the_models_the_tokenizers_and_the_end_of_a_turn(llama: Any, tokenizer: Any) -> None:
+    bang = tokenizer("!")["input_ids"][0]
+    for of_model, end in [(bang, "!"), ([3, bang], "!"), (None, "<|endoftext|>"), (None, "<|im_end|>")]:
+        llama.generation_config.eos_token_id = of_model
+        outputs = say(llama, tokenizer, f"pool{end} more", 20)
+        assert (text_of(outputs), outputs[-1].finish_reason) == ("pool", "stop")
+
+
+def test_a_stop_string_cuts_the_text(llama: Any, tokenizer: Any) -> None:
+    outputs = say(llama, tokenizer, "the tide comes in; the pool fills;", stop=("ool", "; the pole"))
+    assert (text_of(outputs), outputs[-1].finish_reason) == ("the tide comes in; the p", "stop")
+
+
+def test_text_that_did_not_become_a_stop_string_comes_with_the_end(llama: Any, tokenizer: Any) -> None:
+    for text, reason in [("the poo", "length"), ("the poo<|endoftext|>", "stop")]:
+        num_tokens = len(tokenizer(text)["input_ids"])
+        outputs = say(llama, tokenizer, text, num_tokens, stop=("pool",))
+        assert (text_of(outputs), outputs[-1].finish_reason) == ("the poo", reason)
+
+
+def test_an_answer_cut_within_a_character_is_still_valid_text(llama: Any, tokenizer: Any) -> None:
+    outputs = say(llama, tokenizer, "a🌊", max_tokens=3)
+    assert [(output.text, output.finish_reason) for output in outputs] == [("a", None), ("", None), ("\ufffd", "length")]
+
+
+def test_the_context_bounds_prompt_and_answer_together(model: Any, tokenizer: Any) -> None:
+    endless(model, tokenizer)
+
+    async def fill(engine: BatchedEngine) -> None:
+        outputs = await collect(engine.submit(request([5] * 100, 1000)))
+        assert (len(outputs), outputs[-1].finish_reason) == (28, "length")
+        assert len(await collect(engine.submit(request([5] * 127, 1000)))) == 1
+
+    run(model, tokenizer, fill)
+    run(model, tokenizer, fill, max_sequence_length=4096)
+
+
+def test_a_cancelled_request_ends_at_once_and_frees_its_place(llama: Any, tokenizer: Any) -> None:
+    gate = Gate(endless(llama, tokenizer))
+
+    async def scene(engine: BatchedEngine) -> None:
+        running, waiting = (engine.submit(request([5], 1000, name)) for name in ("a", "b"))
+        await gate.arrival()
+        engine.cancel("a")
+        engine.cancel("nobody")
+        assert [output.finish_reason for output in await collect(running)] == ["cancelled"]
+        assert (engine.stats().num_running, engine.stats().num_queued) == (1, 0)
+        again = engine.submit(request([6], 3, "a"))
+        engine.cancel("b")
+        assert (await collect(waiting))[-1].finish_reason == "cancelled"
+        gate.open()
+        assert [output.finish_reason for output in await collect(again)] == [None, None, "length"]
+
+    run(llama, tokenizer, scene, max_batch_size=1)
+
+
+@pytest.mark.parametrize("way", ["aclose", "task cancelled", "forgotten", "timeout"])
+def test_a_client_that_leaves_frees_its_place(llama: Any, tokenizer: Any, way: str) -> None:
+    endless(llama, tokenizer)
+
+    async def leave(engine: BatchedEngine) -> None:
+        stream = engine.submit(request([5], 100, "left"))
+        await anext(stream)
+        if way == "aclose":
+            await stream.aclose()
+        elif way == "task cancelled":
+            task = asyncio.create_task(collect(stream))
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        elif way == "timeout":
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0):
+                    await collect(stream)
+        else:
+            del stream
+            gc.collect()
+        assert tokens_of(await collect(engine.submit(request([6], 3, "next"))))
+        assert engine.stats().num_generated_tokens < 20
+        if way != "forgotten":
+            assert await collect(stream) == []
+
+    run(llama, tokenizer, leave, max_batch_size=1)
+
+
+def test_closing_ends_what_goes_on(llama: Any, tokenizer: Any) -> None:
+    endless(llama, tokenizer)
+
+    async def scene() -> None:
+        async with engine_of(llama, tokenizer, max_batch_size=1) as engine:
+            streams = [engine.submit(request([5], 100, name)) for name in "ab"]
+            await anext(streams[0])
+            await engine.close()
+            assert [(await collect(stream))[-1].finish_reason for stream in streams] == ["cancelled"] * 2
+
+    asyncio.run(scene())
+
+
+# --- Failures --------------------------------------------------------------------------------------------------------
+
+
+def fail_once(model: Any, when: Any) -> None:
+    """Let the first forward pass with such input ids fail."""
+    failed = []
+
+    def hook(_model: Any, _inputs: Any, named: dict[str, Any]) -> None:
+        if not failed and when(named["input_ids"]):
+            failed.append(True)
+            raise RuntimeError("the device is on fire")
+
+    model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode", "layer"])
+def test_a_failure_ends_what_it_hit_and_nothing_else(llama: Any, tokenizer: Any, phase: str) -> None:
+    endless(llama, tokenizer)
+    expected = [generate(llama, PROMPTS[0], 12), generate(llama, PROMPTS[3], 12)]
+    if phase == "layer":  # after the first layer's cache has grown
+        calls = []
+        original = llama.model.layers[1].forward
+
+        def forward(hidden: torch.Tensor, *rest: Any, **named: Any) -> Any:
+            if hidden.shape[:2] == (2, 1) and not calls:
+                calls.append(True)
+                raise RuntimeError("the device is on fire")
+            return original(hidden, *rest, **named)
+
+        llama.model.layers[1].forward = forward
+    else:
+        fail_once(llama, lambda ids: ids.shape == ((1, 4) if phase == "prefill" else (2, 1)))
+
+    async def scene(engine: BatchedEngine) -> None:
+        first, second = engine.submit(request(PROMPTS[0], 12, "a")), engine.submit(request([9, 8, 7, 6], 12, "b"))
+        late = engine.submit(request(PROMPTS[3], 12, "c"))
+        with pytest.raises(RuntimeError, match="on fire"):
+            await collect(second)
+        if phase == "prefill":
+            assert tokens_of(await collect(first)) == expected[0]
+        else:
+            with pytest.raises(RuntimeError, match="on fire"):
+                await collect(first)
+        assert tokens_of(await collect(late)) == expected[1]
+        assert await answer(engine, request(PROMPTS[0])) == expected[0]
+
+    run(llama, tokenizer, scene)
+
+
+def test_a_model_that_makes_no_numbers_is_an_error(llama: Any, tokenizer: Any) -> None:
+    llama.lm_head.weight.data.fill_(torch.nan)
+
+    async def scene(engine: BatchedEngine) -> None:
+        with pytest.raises(ModelError, match="not finite"):
+            await answer(engine, request([5]))
+
+    run(llama, tokenizer, scene)
+
+
+# --- What is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (request([]), "prompt is empty"),
+        (request([5] * 20), "20 tokens, and the context of 20"),
+        (request([5, 300]), "no token 300: its tokens are 0 to 299"),
+        (request([-1]), "no token -1"),
+        (request([5], adapter="ad" * 32), "adapter adadadadadad is not loaded: load it"),
+        (request([5], max_tokens=0), "max_tokens is 0"),
+        (request([5], temperature=-0.1), "temperature is -0.1"),
+        (request([5], temperature=float("nan")), "temperature is nan"),
+        (request([5], top_p=0), "top_p is 0"),
+        (request([5], top_p=1.1), "top_p is 1.1"),
+        (request([5], stop=("a", "")), "stop string is empty"),
+    ],
+)
+def test_what_can_never_be_served_is_refused_at_once(llama: Any, tokenizer: Any, asked: Any, message: str) -> None:
+    async def scene(engine: BatchedEngine) -> None:
+        with pytest.raises(RequestError, match=message):
+            engine.submit(asked)
+
+    run(llama, tokenizer, scene, max_sequence_length=20)
+
+
+def test_an_id_in_use_is_refused_until_its_request_has_ended(llama: Any, tokenizer: Any) -> None:
+    async def scene(engine: BatchedEngine) -> None:
+        stream = engine.submit(request([5], 2))
+        with pytest.raises(RequestError, match="id r is in flight"):
+            engine.submit(request([6]))
+        await collect(stream)
+        await answer(engine, request([6]))
+
+    run(llama, tokenizer, scene)
+
+
+def test_a_full_queue_is_busy(llama: Any, tokenizer: Any) -> None:
+    gate = Gate(llama)
+
+    async def scene(engine: BatchedEngine) -> None:
+        streams = [engine.submit(request([5], 2, f"r{index}")) for index in range(5)]
+        assert (engine.stats().num_running, engine.stats().num_queued) == (2, 3)
+        with pytest.raises(EngineBusyError, match="2 requests are running and 3 waiting"):
+            engine.submit(request([5], 2, "more"))
+        gate.open()
+        for stream in streams:
+            await collect(stream)
+        await answer(engine, request([5], 2, "more"))
+
+    run(llama, tokenizer, scene, max_batch_size=2, max_queued_requests=3)
+
+
+def test_the_event_loop_goes_on_while_the_model_computes(llama: Any, tokenizer: Any) -> None:
+    gate = Gate(llama)
+
+    async def scene(engine: BatchedEngine) -> None:
+        stream = engine.submit(request([5], 2))
+        await gate.arrival()  # this runs while the forward pass stands still
+        assert engine.stats().num_running == 1
+        gate.open()
+        await collect(stream)
+
+    run(llama, tokenizer, scene)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}, "takes no .*position_ids"),
+        (
+            {
+                "model_type": "qwen3_next",
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "num_hidden_layers": 2,
+                "layer_types": ["linear_attention", "full_attention"],
+                "num_attention_heads": 2,
+                "num_key_value_heads": 1,
+                "num_experts": 0,
+            },
+            "full or sliding",
+        ),
+    ],
+)
+def test_a_model_that_is_not_attention_alone_is_refused(tokenizer: Any, config: dict[str, Any], message: str) -> None:
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, vocab_size=300))
+    with pytest.raises(ModelError, match=message):
+        BatchedEngine(model, tokenizer, EngineSpec(max_sequence_length=64), lambda *_: pytest.fail(BASE.ref))

@@ -1,0 +1,87 @@
+"""What is deployed for a serving spec, and the spec file that we ship."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray import serve
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError
+from ray.serve.schema import ServeDeploySchema
+
+from tests.serving.models import Published
+from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryError, RequestError, SpecError
+from tidepool.registry import Registry
+from tidepool.serving.app import _tidepool_error, build
+from tidepool.serving.plan import plan_serving
+from tidepool.specs import ServingSpec, parse_spec
+from tidepool.storage import open_store
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def plan(published: Published, *models: str) -> Any:
+    return plan_serving(ServingSpec(store=published.store_url, models=list(models)), open_store(published.store_url))
+
+
+def test_models_on_one_base_share_a_deployment(published: Published) -> None:
+    found = plan(published, "bot", "tides", "bot@1", "tides@1")
+    assert [base.ref for base in found.bases] == ["tides@1"]
+    assert {entry: version.ref for entry, version in found.models.items()} == {
+        "bot": "bot@2",
+        "tides": "tides@1",
+        "bot@1": "bot@1",
+        "tides@1": "tides@1",
+    }
+
+
+def test_an_adapter_brings_its_base_along(published: Published) -> None:
+    found = plan(published, "bot")
+    assert [(base.ref, base.digest) for base in found.bases] == [("tides@1", published.base.digest)]
+
+
+def test_models_that_cannot_be_deployed_say_why(published: Published, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match="did you mean tides"):
+        plan(published, "tide")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    registry = Registry(open_store(published.store_url))
+    registry.publish("baseless", "adapter", folder, lineage={}, metrics={})
+    with pytest.raises(ModelError, match="baseless@1 does not say which base"):
+        plan(published, "baseless")
+    registry.publish("moved", "adapter", folder, base="tides@1", base_digest="0f" * 32, lineage={}, metrics={})
+    with pytest.raises(ModelError, match=r"moved@1 was trained on tides@1 with the files 0f0f"):
+        plan(published, "moved")
+
+
+def test_the_application_is_built_from_the_arguments_of_serve(published: Published) -> None:
+    path, _, name = "serve.app:build".partition(":")
+    assert getattr(importlib.import_module(path), name) is build
+    application = build({"store": published.store_url, "models": ["bot"], "replicas": {"num_replicas": 2}})
+    assert isinstance(application, serve.Application)
+    with pytest.raises(SpecError, match="did you mean `models`"):
+        build({"store": published.store_url, "model": ["bot"]})
+
+
+def test_the_shipped_file_is_what_ray_and_we_accept() -> None:
+    value = yaml.safe_load((ROOT / "serve/serve.yaml").read_text())
+    config = ServeDeploySchema.model_validate(value)
+    assert (config.http_options.host, config.http_options.port) == ("127.0.0.1", 8000)
+    [application] = config.applications
+    assert (application.name, application.route_prefix, application.import_path) == ("tidepool", "/", "serve.app:build")
+    spec = parse_spec(application.args | {"store": "memory://x"}, ServingSpec)
+    assert spec == ServingSpec(store="memory://x", models=["tidepool-source-base", "tidepool-source-lora"])  # it shows the defaults
+
+
+def test_errors_of_serve_become_ours() -> None:
+    wrapped = RayTaskError("generate", "traceback", RequestError("bad")).as_instanceof_cause()
+    assert type(_tidepool_error(wrapped)) is RequestError
+    assert str(_tidepool_error(wrapped)) == "bad"
+    foreign = RayTaskError("generate", "traceback", KeyError("x"))
+    assert _tidepool_error(foreign) is foreign
+    assert type(_tidepool_error(BackPressureError(1, 1))) is EngineBusyError
+    assert type(_tidepool_error(ActorDiedError())) is ClusterError
+    assert isinstance(_tidepool_error(ValueError("x")), ValueError)

@@ -1,0 +1,277 @@
+"""The gateway's HTTP: OpenAI's shapes, statuses and events, and clients that leave."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
+from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryError, RequestError, StoreUnreachableError
+from tidepool.inference.engine import Output
+from tidepool.registry import ModelVersion
+from tidepool.serving.backend import ContextLengthError, Message, Started
+from tidepool.serving.gateway import MAX_BODY_BYTES, build_gateway
+from tidepool.serving.resolver import Resolver
+
+CHAT = {"model": "bot", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION = {"model": "tides", "prompt": "hi", "max_tokens": 4}
+
+
+def lookup(ref: str) -> ModelVersion:
+    if ref == "bot@7":
+        raise StoreUnreachableError("file:///secret/place does not answer")
+    raise RegistryError(f"No version like {ref}.")
+
+
+def gateway(backend: FakeBackend) -> FastAPI:
+    return build_gateway(Resolver(lookup, {"tides": full(), "bot": adapter()}, {BASE_DIGEST}, ttl_s=60), backend)
+
+
+def ask(backend: FakeBackend, method: str, path: str, **request: Any) -> httpx.Response:
+    async def run() -> httpx.Response:
+        transport = httpx.ASGITransport(gateway(backend))
+        async with httpx.AsyncClient(transport=transport, base_url="http://tidepool") as client:
+            return await client.request(method, path, **request)
+
+    return asyncio.run(run())
+
+
+def events(response: httpx.Response) -> list[Any]:
+    assert response.headers["content-type"].startswith("text/event-stream")
+    assert response.text.endswith("\n\n")
+    lines = response.text.removesuffix("\n\n").split("\n\n")
+    assert all(line.startswith("data: ") for line in lines)
+    return [line if line == "data: [DONE]" else json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def test_a_whole_chat() -> None:
+    backend = FakeBackend()
+    body = ask(backend, "POST", "/v1/chat/completions", json=CHAT | {"temperature": 0.5, "seed": 3, "stop": "x"}).json()
+    assert body.pop("id") == backend.calls[0].request_id
+    assert body.pop("created") > 0
+    message = {"role": "assistant", "content": "Hello!", "refusal": None}
+    assert body == {
+        "object": "chat.completion",
+        "model": "bot",
+        "system_fingerprint": f"bot@1-{adapter().digest[:12]}",
+        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+    }
+    call = backend.calls[0]
+    assert (call.base_digest, call.adapter, call.prompt) == (BASE_DIGEST, adapter(), (Message("user", "hi"),))
+    assert (call.max_tokens, call.temperature, call.top_p, call.seed, call.stop) == (None, 0.5, 1.0, 3, ("x",))
+    assert backend.closed == [call.request_id]
+
+
+def test_a_whole_completion_of_the_base() -> None:
+    backend = FakeBackend(*words("a", "", "b", finish_reason="length"))
+    body = ask(backend, "POST", "/v1/completions", json=COMPLETION).json()
+    assert body["object"] == "text_completion"
+    assert body["choices"] == [{"index": 0, "text": "ab", "logprobs": None, "finish_reason": "length"}]
+    assert body["usage"]["completion_tokens"] == 3
+    assert (backend.calls[0].adapter, backend.calls[0].max_tokens, backend.calls[0].prompt) == (None, 4, "hi")
+
+
+def test_a_streamed_chat_with_usage() -> None:
+    stream = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last, done = events(ask(FakeBackend(), "POST", "/v1/chat/completions", json=CHAT | stream))
+    assert done == "data: [DONE]"
+    assert {(chunk["object"], chunk["model"], chunk["id"]) for chunk in chunks} == {("chat.completion.chunk", "bot", last["id"])}
+    assert [(chunk["choices"][0]["delta"], chunk["choices"][0]["finish_reason"], chunk["usage"]) for chunk in chunks] == [
+        ({"role": "assistant", "content": ""}, None, None),
+        ({"content": "Hel"}, None, None),
+        ({"content": "lo"}, None, None),
+        ({"content": "!"}, None, None),
+        ({}, "stop", None),
+    ]
+    assert (last["choices"], last["usage"]) == ([], {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8})
+
+
+def test_a_streamed_completion_without_usage() -> None:
+    *chunks, done = events(ask(FakeBackend(), "POST", "/v1/completions", json=COMPLETION | {"stream": True}))
+    assert done == "data: [DONE]"
+    assert [(chunk["choices"][0]["text"], chunk["choices"][0]["finish_reason"]) for chunk in chunks] == [
+        ("Hel", None),
+        ("lo", None),
+        ("!", None),
+        ("", "stop"),
+    ]
+    assert not any("usage" in chunk for chunk in chunks)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "code", "retry_after"),
+    [
+        (RequestError("bad token"), 400, "invalid_request_error", None, None),
+        (ContextLengthError("too long"), 400, "invalid_request_error", "context_length_exceeded", None),
+        (EngineBusyError("full"), 429, "rate_limit_error", "engine_busy", "1"),
+        (ClusterError("replica gone"), 503, "server_error", "unavailable", "5"),
+        (ModelError("secret path"), 503, "server_error", "unavailable", "5"),
+        (StoreUnreachableError("secret place"), 503, "server_error", "unavailable", "5"),
+        (KeyError("secret"), 500, "server_error", "internal_error", None),
+    ],
+)
+def test_what_fails_before_the_engine_takes_a_request_has_its_status(
+    error: Exception, status: int, kind: str, code: str | None, retry_after: str | None, stream: bool
+) -> None:
+    backend = FakeBackend(error)
+    response = ask(backend, "POST", "/v1/completions", json=COMPLETION | {"stream": stream})
+    assert response.status_code == status
+    found = response.json()["error"]
+    assert (found["type"], found["code"]) == (kind, code)
+    assert response.headers.get("retry-after") == retry_after
+    assert "secret" not in response.text
+    assert len(backend.closed) == 1
+
+
+def test_an_inner_error_leaves_its_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.ERROR, "tidepool"):
+        ask(FakeBackend(KeyError("secret")), "POST", "/v1/completions", json=COMPLETION)
+    assert caplog.records[0].exc_info is not None
+
+
+@pytest.mark.parametrize(
+    ("frames", "code"),
+    [
+        ([Started(1), Output((1,), "a"), ClusterError("gone")], "unavailable"),
+        ([Started(1), Output((1,), "a"), KeyError("secret")], "internal_error"),
+        ([Started(1), Output((1,), "a"), Output((), "", "cancelled")], "unavailable"),
+        ([Started(1), Output((1,), "a")], "unavailable"),
+    ],
+)
+def test_what_fails_in_a_stream_is_its_last_event(frames: list[Any], code: str) -> None:
+    response = ask(FakeBackend(*frames), "POST", "/v1/completions", json=COMPLETION | {"stream": True})
+    first, last = events(response)
+    assert first["choices"][0]["text"] == "a"
+    assert last["error"]["code"] == code
+    assert "secret" not in response.text
+    whole = ask(FakeBackend(*frames), "POST", "/v1/completions", json=COMPLETION)
+    assert (whole.status_code, whole.json()["error"]["code"]) == (500 if code == "internal_error" else 503, code)
+
+
+@pytest.mark.parametrize(
+    ("model", "status", "code", "words_in_message"),
+    [
+        ("bots", 404, "model_not_found", "did you mean bot?"),
+        ("bot@9", 404, "model_not_found", "No version"),
+        ("bot@7", 503, "unavailable", "try again"),
+    ],
+)
+def test_models_that_cannot_be_resolved(model: str, status: int, code: str, words_in_message: str) -> None:
+    for response in (
+        ask(FakeBackend(), "POST", "/v1/completions", json=COMPLETION | {"model": model}),
+        ask(FakeBackend(), "GET", f"/v1/models/{model}"),
+    ):
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+        assert words_in_message in response.json()["error"]["message"]
+        assert "secret" not in response.text
+
+
+def test_the_models_are_listed_with_their_versions() -> None:
+    body = ask(FakeBackend(), "GET", "/v1/models").json()
+    common = {"object": "model", "created": 1793613600, "owned_by": "tidepool"}
+    assert body == {
+        "object": "list",
+        "data": [
+            {"id": "tides", "root": "tides@1", "parent": None, **common},
+            {"id": "bot", "root": "bot@1", "parent": "tides@1", **common},
+        ],
+    }
+    assert ask(FakeBackend(), "GET", "/v1/models/bot").json() == body["data"][1]
+
+
+def test_a_wrong_request_never_reaches_the_backend() -> None:
+    backend = FakeBackend()
+    refused = ask(backend, "POST", "/v1/chat/completions", json=CHAT | {"tools": [1]})
+    assert refused.status_code == 400
+    assert refused.json()["error"] == {
+        "message": "`tools` is not supported with this value: leave it out, or give [].",
+        "type": "invalid_request_error",
+        "param": "tools",
+        "code": "unsupported_value",
+    }
+    assert ask(backend, "POST", "/v1/chat/completions", content=b"{").json()["error"]["code"] == "invalid_json"
+    large = ask(backend, "POST", "/v1/completions", content=b" " * (MAX_BODY_BYTES + 1))
+    assert (large.status_code, large.json()["error"]["code"]) == (400, "body_too_large")
+    assert backend.calls == []
+
+
+def test_health_and_unknown_routes() -> None:
+    assert ask(FakeBackend(), "GET", "/health").status_code == 200
+    for method, path, status in (("GET", "/v1/embeddings", 404), ("GET", "/v1/completions", 405)):
+        response = ask(FakeBackend(), method, path)
+        assert response.status_code == status
+        assert "/v1/chat/completions" in response.json()["error"]["message"]
+
+
+# --- Clients that leave ----------------------------------------------------------------------------------------------
+
+
+async def _call_and_leave(app: FastAPI, body: dict[str, Any], until: Callable[[], Awaitable[Any]]) -> list[dict[str, Any]]:
+    """Send a request by ASGI and close the connection once `until` returns; returns what was sent to the client."""
+    sent: list[dict[str, Any]] = []
+    content: list[dict[str, Any]] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if content:
+            return content.pop()
+        await until()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.3"},
+        "http_version": "1.1",
+        "method": "POST",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "headers": [],
+    }
+    await app(scope, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("num_frames", [0, 1, 2])
+def test_a_client_that_leaves_cancels_its_request(stream: bool, num_frames: int) -> None:
+    async def run() -> None:
+        backend = FakeBackend(*[Started(1), Output((1,), "a")][:num_frames], asyncio.Event(), *words("never"))
+        sent = await asyncio.wait_for(_call_and_leave(gateway(backend), COMPLETION | {"stream": stream}, backend.waiting.wait), 10)
+        assert backend.closed == [backend.calls[0].request_id]
+        assert b"[DONE]" not in b"".join(message.get("body", b"") for message in sent)
+
+    asyncio.run(run())
+
+
+def test_a_client_that_reads_no_more_and_leaves_cancels_its_request() -> None:
+    async def run() -> None:
+        backend, stuck = FakeBackend(), asyncio.Event()
+
+        async def send(message: Any) -> None:
+            if message.get("body"):
+                stuck.set()
+                await asyncio.Event().wait()
+
+        content = [{"type": "http.request", "body": json.dumps(COMPLETION | {"stream": True}).encode(), "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if content:
+                return content.pop()
+            await stuck.wait()
+            return {"type": "http.disconnect"}
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+        await asyncio.wait_for(gateway(backend)(scope, receive, send), 10)
+        assert backend.closed == [backend.calls[0].request_id]
+
+    asyncio.run(run())

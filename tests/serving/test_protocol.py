@@ -1,0 +1,165 @@
+"""Requests are served as they are written, or refused with the field that stands in the way."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tidepool.serving.backend import Message
+from tidepool.serving.problem import Problem, Refusal
+from tidepool.serving.protocol import COMPLETION_MAX_TOKENS, Ask, parse_chat, parse_completion
+
+CHAT = {"model": "bot", "messages": [{"role": "user", "content": "hi"}]}
+COMPLETION = {"model": "bot", "prompt": "hi"}
+
+
+def chat(**fields: Any) -> Ask:
+    return parse_chat(json.dumps(CHAT | fields).encode())
+
+
+def completion(**fields: Any) -> Ask:
+    return parse_completion(json.dumps(COMPLETION | fields).encode())
+
+
+def problem(parse: Any, body: bytes | dict[str, Any]) -> Problem:
+    with pytest.raises(Refusal) as caught:
+        parse(body if isinstance(body, bytes) else json.dumps(body).encode())
+    result: Problem = caught.value.problem
+    assert result.status == 400
+    return result
+
+
+def test_the_defaults_are_those_of_openai() -> None:
+    assert completion() == Ask("bot", "hi", COMPLETION_MAX_TOKENS, 1.0, 1.0, None, (), False, False)
+    assert chat() == Ask("bot", (Message("user", "hi"),), None, 1.0, 1.0, None, (), False, False)
+
+
+def test_every_field_that_is_served_arrives() -> None:
+    fields = {"temperature": 0, "top_p": 0.5, "seed": -3, "stop": ["a", "b"], "stream": True, "user": "u"}
+    expected = Ask("bot", "hi", 7, 0.0, 0.5, -3, ("a", "b"), True, True)
+    assert completion(max_tokens=7, stream_options={"include_usage": True}, **fields) == expected
+    for limit in ("max_tokens", "max_completion_tokens"):
+        ask = chat(**fields, **{limit: 7})
+        assert (ask.max_tokens, ask.stop, ask.seed, ask.include_usage) == (7, ("a", "b"), -3, False)
+
+
+@pytest.mark.parametrize(("prompt", "expected"), [("a", "a"), (["a"], "a"), ([1, 2], (1, 2)), ("", "")])
+def test_prompts(prompt: Any, expected: Any) -> None:
+    assert completion(prompt=prompt).prompt == expected
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [], [[1]], [1, "a"], [True], [-1], [1.5], {"a": 1}, 3, [2**63]])
+def test_other_prompts_are_refused(prompt: Any) -> None:
+    assert problem(parse_completion, COMPLETION | {"prompt": prompt}).param == "prompt"
+
+
+NEUTRAL = [("n", 1), ("presence_penalty", 0.0), ("frequency_penalty", 0), ("logit_bias", {}), ("logit_bias", None), ("max_tokens", None)]
+
+
+@pytest.mark.parametrize(("field", "value"), [*NEUTRAL, ("tools", []), ("response_format", {"type": "text"}), ("logprobs", False)])
+def test_a_value_that_changes_nothing_is_accepted_in_a_chat(field: str, value: Any) -> None:
+    assert chat(**{field: value}) == chat()
+
+
+@pytest.mark.parametrize(("field", "value"), [*NEUTRAL, ("echo", False), ("best_of", 1), ("logprobs", None), ("suffix", None)])
+def test_a_value_that_changes_nothing_is_accepted_in_a_completion(field: str, value: Any) -> None:
+    defaults = {"max_tokens": COMPLETION_MAX_TOKENS} if field == "max_tokens" else {}
+    assert completion(**{field: value}) == completion(**defaults)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 2),
+        ("n", True),
+        ("logprobs", True),
+        ("top_logprobs", 3),
+        ("tools", [{"type": "function"}]),
+        ("tool_choice", "auto"),
+        ("response_format", {"type": "json_object"}),
+        ("presence_penalty", 0.5),
+        ("logit_bias", {"5": 1}),
+        ("audio", {}),
+        ("reasoning_effort", "low"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(field: str, value: Any) -> None:
+    found = problem(parse_chat, CHAT | {field: value})
+    assert (found.param, found.code) == (field, "unsupported_value")
+    assert f"`{field}`" in found.message
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", 2.1),
+        ("temperature", "1"),
+        ("top_p", 0),
+        ("max_tokens", 0),
+        ("max_tokens", 1.5),
+        ("max_tokens", True),
+        ("max_tokens", 2**63),
+        ("seed", 2**63),
+        ("stop", ["a"] * 5),
+        ("stop", ""),
+        ("stop", [1]),
+        ("stream", 1),
+        ("model", ""),
+        ("model", None),
+        ("user", 5),
+        ("messages", []),
+        ("messages", "hi"),
+        ("stream_options", {"include_usage": True}),
+    ],
+)
+def test_values_out_of_range_or_of_another_type_are_refused_by_name(field: str, value: Any) -> None:
+    assert problem(parse_chat, CHAT | {field: value}).param == field
+
+
+def test_an_unknown_field_names_the_nearest_one() -> None:
+    found = problem(parse_chat, CHAT | {"temprature": 1})
+    assert (found.param, found.code) == ("temprature", "unknown_field")
+    assert "did you mean `temperature`?" in found.message
+    assert "`stream`" in problem(parse_completion, COMPLETION | {"zzz": 1}).message
+    assert problem(parse_completion, COMPLETION | {"messages": []}).param == "messages"
+    nested = problem(parse_completion, COMPLETION | {"stream": True, "stream_options": {"include_usag": True}})
+    assert nested.param == "stream_options.include_usag"
+
+
+@pytest.mark.parametrize(
+    ("message", "param"),
+    [
+        ({"role": "tool", "content": "x"}, "messages[1].role"),
+        ({"role": "user", "content": [{"type": "image_url"}]}, "messages[1].content"),
+        ({"role": "user"}, "messages[1].content"),
+        ({"role": "user", "content": "x", "name": "ada"}, "messages[1].name"),
+        ({"role": "user", "content": "x", "contents": "y"}, "messages[1].contents"),
+        ("hi", "messages[1]"),
+    ],
+)
+def test_a_wrong_message_is_named_by_its_place(message: Any, param: str) -> None:
+    assert problem(parse_chat, CHAT | {"messages": [*CHAT["messages"], message]}).param == param
+
+
+def test_an_answer_can_be_sent_back_as_it_came() -> None:
+    turn = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "annotations": []}
+    assert chat(messages=[turn]).prompt == (Message("assistant", "x"),)
+
+
+def test_two_limits_must_agree() -> None:
+    assert chat(max_tokens=5, max_completion_tokens=5).max_tokens == 5
+    assert problem(parse_chat, CHAT | {"max_tokens": 5, "max_completion_tokens": 6}).param == "max_tokens"
+
+
+HALF_A_PAIR = json.dumps(COMPLETION | {"\ud800": 1}).encode()
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"\xff", b'{"a": "\xed\xa0\x80"}', HALF_A_PAIR, b"[" * 100_000, b'{"model": ' + b"9" * 5000 + b"}"]
+)
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    assert problem(parse_chat, body).code == "invalid_json"
+
+
+def test_numbers_that_json_does_not_have_are_refused() -> None:
+    assert problem(parse_chat, b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}').param == "temperature"

@@ -1,0 +1,213 @@
+"""On Ray Serve: a published adapter is picked up while requests go on, and what happens to a request at a replica gets home."""
+
+import asyncio
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import ray
+from openai import OpenAI
+from ray import serve
+
+from tests.serving.fakes import BASE_DIGEST, full
+from tests.serving.models import Published, publish, publish_adapter
+from tests.serving.obedient import NAMESPACE, SIGNALS, Obedient, Signals
+from tidepool import local_cluster
+from tidepool.errors import ClusterError, EngineBusyError, RequestError
+from tidepool.inference.engine import Output
+from tidepool.local_cluster import LocalCluster
+from tidepool.serving.app import Gateway, ServeBackend
+from tidepool.serving.backend import Call, Frame, Started
+from tidepool.specs import ServingSpec
+
+pytestmark = pytest.mark.cluster
+_TIMEOUT_S = 60
+
+
+@pytest.fixture(scope="module")
+def served(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Published:
+    """A base and an adapter in the cluster's store, served."""
+    published = publish(cluster.store_url, tmp_path_factory.mktemp("models"), base="serving-tides", adapter="serving-bot")
+    local_cluster.serve(cluster, ["serving-tides", "serving-bot"])
+    return published
+
+
+@pytest.fixture
+def client(cluster: LocalCluster, served: Published) -> Iterator[OpenAI]:
+    del served
+    with OpenAI(base_url=cluster.api_url, api_key="any", max_retries=0, timeout=_TIMEOUT_S) as one:
+        yield one
+
+
+def complete(client: OpenAI, model: str) -> tuple[str, str]:
+    """What a model says, and the version that said it."""
+    answer = client.completions.create(model=model, prompt="the tide", max_tokens=8, temperature=0)
+    return answer.choices[0].text, str(answer.system_fingerprint)
+
+
+def test_a_new_version_of_an_adapter_answers_without_a_redeployment(client: OpenAI, served: Published, tmp_path: Path) -> None:
+    base, before = complete(client, "serving-tides"), complete(client, "serving-bot")
+    assert before[0] != base[0]
+    assert before[1].startswith("serving-bot@1-")
+    errors: list[Exception] = []
+    changed, num_answers = threading.Event(), 0
+
+    def go_on() -> None:
+        nonlocal num_answers
+        while not changed.is_set():
+            try:
+                complete(client, "serving-bot")
+                num_answers += 1
+            except openai.OpenAIError as error:
+                errors.append(error)
+
+    others = threading.Thread(target=go_on)
+    others.start()
+    try:
+        publish_adapter(served, tmp_path / "next", "serving-bot", seed=7)
+        deadline = time.monotonic() + _TIMEOUT_S
+        while (after := complete(client, "serving-bot"))[1] == before[1]:
+            assert time.monotonic() < deadline
+    finally:
+        changed.set()
+        others.join()
+    assert errors == []
+    assert num_answers > 0
+    assert after[1].startswith("serving-bot@2-")
+    assert after[0] not in (before[0], base[0])
+    assert complete(client, "serving-bot@1")[0] == before[0]
+    assert complete(client, "serving-tides") == base
+
+
+def test_chats_streams_and_refusals(client: OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(
+            model="serving-bot",
+            messages=[{"role": "user", "content": "the tide"}],
+            max_tokens=8,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+    whole = client.chat.completions.create(
+        model="serving-bot", messages=[{"role": "user", "content": "the tide"}], max_tokens=8, temperature=0
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    assert [model.id for model in client.models.list()] == ["serving-tides", "serving-bot"]
+    with pytest.raises(openai.NotFoundError, match="did you mean serving-bot"):
+        complete(client, "serving-bott")
+    with pytest.raises(openai.BadRequestError) as too_long:
+        client.completions.create(model="serving-tides", prompt="the tide", max_tokens=1000)
+    assert too_long.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="no token 999999"):
+        client.completions.create(model="serving-tides", prompt=[999999], stream=True)
+
+
+# --- A replica that does what it is told -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def obedient_url(cluster: LocalCluster, served: Published) -> Iterator[str]:
+    """Our gateway on Serve before a replica that does what it is told."""
+    del served  # Serve runs, on the ports of the cluster
+    replica = serve.deployment(Obedient, ray_actor_options={"num_cpus": 0})
+    gateway = serve.deployment(serve.ingress()(Gateway), ray_actor_options={"num_cpus": 0})
+    spec = ServingSpec(store=cluster.store_url, models=["obedient"], resolve_ttl_s=1000)
+    application = gateway.bind(spec, {"obedient": full("obedient")}, {BASE_DIGEST: replica.bind()})
+    serve.run(application, name="obedient", route_prefix="/obedient")
+    yield cluster.api_url.replace("/v1", "/obedient/v1")
+    serve.delete("obedient")
+
+
+@pytest.fixture
+def backend(obedient_url: str) -> ServeBackend:
+    del obedient_url
+    return ServeBackend({BASE_DIGEST: serve.get_deployment_handle("Obedient", "obedient")})
+
+
+@pytest.fixture(scope="module")
+def signals(cluster: LocalCluster) -> Iterator[Any]:
+    del cluster
+    actor = Signals.options(name=SIGNALS, namespace=NAMESPACE).remote()
+    yield actor
+    ray.kill(actor)
+
+
+def call_of(prompt: str) -> Call:
+    return Call("r", BASE_DIGEST, None, prompt, 1)
+
+
+async def frames_of(backend: ServeBackend, prompt: str) -> list[Frame]:
+    return [frame async for frame in backend.generate(call_of(prompt))]
+
+
+def test_a_replicas_errors_arrive_as_they_were_raised(backend: ServeBackend) -> None:
+    async def run() -> None:
+        assert (await frames_of(backend, "go"))[1:] == [Output((1,), "a"), Output((2,), "b", "stop")]
+        with pytest.raises(EngineBusyError, match="full"):
+            await frames_of(backend, "busy")
+        with pytest.raises(RequestError, match="wrong"):
+            await frames_of(backend, "wrong")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("how", ["close", "cancel"])
+def test_leaving_the_frames_cancels_the_request_at_the_replica(backend: ServeBackend, signals: Any, how: str) -> None:
+    async def run() -> None:
+        frames = backend.generate(call_of(f"wait {how}"))
+        assert [type(await anext(frames)) for _ in range(2)] == [Started, Output]
+        if how == "close":
+            await frames.aclose()
+        else:
+            waiting = asyncio.ensure_future(anext(frames))
+            done, _ = await asyncio.wait({waiting}, timeout=0.1)
+            assert not done
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+
+    asyncio.run(run())
+    ray.get(signals.wait_for.remote(f"cancelled wait {how}"), timeout=_TIMEOUT_S)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_cancels_the_request_at_the_replica(obedient_url: str, signals: Any, stream: bool) -> None:
+    body = {"model": "obedient", "prompt": f"wait {stream}", "stream": stream}
+    if stream:
+        with httpx.stream("POST", f"{obedient_url}/completions", json=body, timeout=_TIMEOUT_S) as response:
+            assert next(response.iter_lines()).startswith("data: ")
+    else:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{obedient_url}/completions", json=body, timeout=httpx.Timeout(_TIMEOUT_S, read=1))
+    ray.get(signals.wait_for.remote(f"cancelled wait {stream}"), timeout=_TIMEOUT_S)
+
+
+def test_statuses_come_through_serve(obedient_url: str) -> None:
+    for prompt, status in (("go", 200), ("busy", 429), ("wrong", 400)):
+        response = httpx.post(f"{obedient_url}/completions", json={"model": "obedient", "prompt": prompt}, timeout=_TIMEOUT_S)
+        assert response.status_code == status, response.text
+
+
+def test_a_replica_that_dies_in_mid_stream_is_said_to_be_gone(backend: ServeBackend, signals: Any) -> None:
+    del signals
+
+    async def run() -> None:
+        frames = backend.generate(call_of("wait"))
+        started = await anext(frames)
+        assert isinstance(started, Started)
+        assert isinstance(await anext(frames), Output)
+        os.kill(started.num_prompt_tokens, signal.SIGKILL)
+        with pytest.raises(ClusterError, match="gone"):
+            await anext(frames)
+
+    asyncio.run(run())
