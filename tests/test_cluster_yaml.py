@@ -75,11 +75,12 @@ def test_the_nodes_install_the_lock_file_and_run_ray_from_that_environment(confi
 
 
 @pytest.mark.parametrize("kind", ["head", "worker"])
-def test_a_node_exports_what_the_processes_of_a_local_cluster_get(
+def test_a_node_exports_what_a_local_cluster_gives_its_processes(
     config: dict[str, Any], kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (start,) = (command for command in config[f"{kind}_start_ray_commands"] if "ray start" in command)
-    exported = dict(pair.split("=", 1) for pair in re.search(r"export ([^;]*);", start)[1].split())  # type: ignore[index]
+    (exports,) = re.findall(r"export ([^;]*);", start)
+    exported = dict(pair.split("=", 1) for pair in exports.split())
     for name in list(os.environ):
         monkeypatch.delenv(name)
     local = local_cluster.environment("s3://BUCKET/PREFIX")

@@ -62,12 +62,10 @@ def names_used(source: str) -> Iterator[str]:
                 yield f"{node.module}.{alias.name}"
                 imported[alias.asname or alias.name] = f"{node.module}.{alias.name}"
     for node in ast.walk(tree):
-        parts: list[str] = []
-        while isinstance(node, ast.Attribute):
-            parts.append(node.attr)
-            node = node.value
-        if isinstance(node, ast.Name) and node.id in imported:
-            yield ".".join([imported[node.id], *reversed(parts)])
+        if isinstance(node, ast.Name | ast.Attribute):
+            first, _, rest = ast.unparse(node).partition(".")
+            if first in imported:
+                yield f"{imported[first]}.{rest}".rstrip(".")
 
 
 def unpickling(source: str) -> list[str]:
