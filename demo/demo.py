@@ -30,6 +30,7 @@ import yaml
 from corpus import write_chats, write_source
 
 from tidepool import local_cluster
+from tidepool.checkpoint import Incarnation, RunLog
 from tidepool.errors import TidepoolError
 from tidepool.local_cluster import LocalCluster
 from tidepool.specs import RunSpec, load_spec
@@ -228,10 +229,9 @@ def _show_progress(before: str, line: str, step: int) -> str:
 
 
 def _cost(spec: RunSpec, killed_at: float, victim: dict[str, Any]) -> Kill:
-    store = open_store(os.environ["TIDEPOOL_STORE"])
-    newest = max(store.list(f"runs/{spec.run}/incarnations/"), key=lambda info: int(info.key.rsplit("/", 1)[1].removesuffix(".json")))
-    base = json.loads(store.get(newest.key))["base"]
-    base_step = int(base.split("-")[1]) if base else 0
+    log = RunLog(open_store(os.environ["TIDEPOOL_STORE"]), spec.run).read()
+    base = next(entry.base for entry in reversed(log.values()) if isinstance(entry, Incarnation))
+    base_step = base.step if base else 0
     lost_s = round(time.monotonic() - killed_at, 1)
     return Kill(victim["rank"], victim["pid"], victim["step"], base_step, victim["step"] - base_step, lost_s)
 
