@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.conftest import CONFIG, Killed, killer, make_run, publish_base, train_here
+from tests.training.conftest import CONFIG, Killed, killer, make_run, prepare_dataset, publish_base, train_here
 from tidepool.checkpoint import RunLog
 from tidepool.data import Dataset, find_dataset
 from tidepool.errors import DataError, ModelError, NonFiniteError, NumericsError, SpecChangedError, SupersededError
@@ -251,3 +251,12 @@ def test_all_checkpoints_damaged_means_from_the_start(prepared: str, run_name: s
     for info in list(store.list(f"runs/{run_name}/checkpoints/")):
         store.delete(info.key)
     assert bits(finish(spec)) == bits(finish(make_run(prepared, f"{run_name}-b")))
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(prepared: str, run_name: str, tmp_path: Path) -> None:
+    """Its tokens would fit the model, and mean something else to it."""
+    other = tmp_path / "other"
+    other.mkdir()
+    publish_base(prepared, prepare_dataset(prepared, other, f"{run_name}-data", letters="m-z"), tmp_path, seed=9, name=f"{run_name}-base")
+    with pytest.raises(ModelError, match=r"another tokenizer than the model's own .*tokenizer: \{of: MODEL\}"):
+        train_here(make_run(prepared, run_name, model={"base": f"{run_name}-base", "lora": {}}))
