@@ -141,12 +141,8 @@ def _up(options: argparse.Namespace) -> None:
     if models:
         print(f"API        {cluster.api_url} (models: {', '.join(models)})")
     else:
-        print(
-            "API        not served: no model is published in this store yet (jobs/README.md: train one; `make demo` publishes two in its own store)"
-        )
-    print(
-        f"submit     ray job submit --address {cluster.dashboard_url} --working-dir . -- python jobs/prepare.py jobs/prepare.yaml  (then jobs/train.py: see jobs/README.md)"
-    )
+        print("API        not served: no model is published in this store yet; jobs/README.md shows how to train one")
+    print(f"submit     ray job submit --address {cluster.dashboard_url} --working-dir . -- python jobs/prepare.py jobs/prepare.yaml")
     print("stop       make down")
 
 
