@@ -96,12 +96,12 @@ def _show_model(options: argparse.Namespace) -> None:
     registry = _registry(options)
     version = registry.resolve(options.model)
     for key, value in _details(version).items():
-        print(f"{key:>12}  {value}")
+        print(f"{key:>13}  {value}")
     for alias, number in sorted(registry.aliases(version.name).items()):
         history = " -> ".join(str(entry.number) for entry in registry.history(version.name, alias))
-        print(f"{'alias':>12}  {alias} = {version.name}@{number} (history: {history})")
+        print(f"{'alias':>13}  {alias} = {version.name}@{number} (history: {history})")
     for file in version.files:
-        print(f"{'file':>12}  {file.path}  {file.size_bytes} bytes  sha256 {file.sha256}")
+        print(f"{'file':>13}  {file.path}  {file.size_bytes} bytes  sha256 {file.sha256}")
 
 
 def _details(version: ModelVersion) -> dict[str, str]:

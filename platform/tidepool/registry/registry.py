@@ -115,11 +115,12 @@ class Registry:
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS) -> ModelVersion:
         """Point an alias at the version it pointed to before the present one; again and again goes further back.
 
-        Raises `RegistryError` if there was none before, `AliasMovedError` if somebody else moved the alias meanwhile.
+        Raises `RegistryError` if there is no such model or was none before, `AliasMovedError` if somebody else moved the alias meanwhile.
         """
         history = self.history(name, alias)
         number = _before(history)
         if number is None:
+            self._numbers(name)  # for its error: there may be no such model at all
             raise RegistryError(
                 f"{name}:{alias} has no version to go back to" + (": it was never moved." if history else ": it does not exist.")
             )
