@@ -43,9 +43,9 @@ down: setup
 models: setup
 	@$(BIN)/python -m tidepool.cli models list
 
-# After a change of the dependencies: install what pyproject.toml asks for, then write down what that was.
+# After a change of the dependencies: install what pyproject.toml asks for and does not have yet, then write down what is there.
 lock: setup
-	@$(BIN)/python -m pip install --quiet --upgrade --constraint requirements.lock -e '.[dev]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@{ head -n 1 requirements.lock; $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip | sed 's/+cpu//'; } > requirements.new
 	@mv requirements.new requirements.lock
 

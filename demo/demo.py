@@ -30,8 +30,10 @@ import yaml
 from corpus import write_chats, write_source
 
 from tidepool import local_cluster
+from tidepool.checkpoint import Incarnation, RunLog
 from tidepool.errors import TidepoolError
 from tidepool.local_cluster import LocalCluster
+from tidepool.registry import Registry
 from tidepool.specs import RunSpec, load_spec
 from tidepool.storage import open_store
 from tidepool.training.ray_worker import NAMESPACE, coordinator_name
@@ -67,11 +69,10 @@ def main() -> int:
     """Run the demo; returns the exit status."""
     started = time.monotonic()
     os.chdir(ROOT)
-    shutil.rmtree(FOLDER, ignore_errors=True)
-    FOLDER.mkdir(parents=True)
     store_url = (FOLDER / "store").absolute().as_uri()
     os.environ["TIDEPOOL_CACHE"] = str((FOLDER / "cache").absolute())
     try:
+        _clear(store_url)
         with _cluster(store_url) as cluster:
             summary = _run(cluster)
     except (DemoError, TidepoolError) as error:
@@ -81,6 +82,19 @@ def main() -> int:
     (FOLDER / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     _print_table(summary)
     return 0
+
+
+def _clear(store_url: str) -> None:
+    """Remove what an earlier demo left. Raises `DemoError` if it is in use; what is not the demo's own is kept, elsewhere."""
+    if local_cluster.load(Path(".tidepool/cluster.json")) is not None:
+        raise DemoError("a cluster of `make up` runs, perhaps on the demo's store: stop it first (make down).")
+    others = set(Registry(open_store(store_url)).names()) - {"stdlib-base", "stdlib-docs"}
+    if others:
+        kept = FOLDER.with_name(f"demo-{int(time.time())}")
+        FOLDER.rename(kept)
+        _say(f"The demo's store held {', '.join(sorted(others))} too: it was moved to {kept}/store")
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    FOLDER.mkdir(parents=True)
 
 
 @contextmanager
@@ -228,10 +242,9 @@ def _show_progress(before: str, line: str, step: int) -> str:
 
 
 def _cost(spec: RunSpec, killed_at: float, victim: dict[str, Any]) -> Kill:
-    store = open_store(os.environ["TIDEPOOL_STORE"])
-    newest = max(store.list(f"runs/{spec.run}/incarnations/"), key=lambda info: int(info.key.rsplit("/", 1)[1].removesuffix(".json")))
-    base = json.loads(store.get(newest.key))["base"]
-    base_step = int(base.split("-")[1]) if base else 0
+    log = RunLog(open_store(os.environ["TIDEPOOL_STORE"]), spec.run).read()
+    base = next(entry.base for entry in reversed(log.values()) if isinstance(entry, Incarnation))
+    base_step = base.step if base else 0
     lost_s = round(time.monotonic() - killed_at, 1)
     return Kill(victim["rank"], victim["pid"], victim["step"], base_step, victim["step"] - base_step, lost_s)
 

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 import torch
 
-from tidepool.data import Dataset, find_dataset
+from tidepool.data import Dataset, fetch_tokenizer, find_dataset
 from tidepool.errors import TidepoolError
-from tidepool.models import cache_folder, check_tokenizer, open_model
+from tidepool.models import cache_folder, check_same_tokens, load_tokenizer, open_model
 from tidepool.specs import EvaluationSpec, load_spec
 from tidepool.storage import open_store
 from tidepool.telemetry import configure_logging
@@ -49,7 +49,7 @@ def measure(spec: EvaluationSpec) -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = resolve_dtype("auto", device)
     opened = open_model(spec.model, store, cache_folder(), dtype)
-    check_tokenizer(opened.model, opened.tokenizer)
+    check_same_tokens(opened.tokenizer, load_tokenizer(fetch_tokenizer(store, info, cache_folder())))
     held_out = Dataset(store, info, "held_out", cache_row_groups=4)
     loss = evaluate(opened.model.to(device), held_out, spec.num_samples, spec.batch_size, dtype, LocalGroup())
     return {

@@ -39,6 +39,8 @@ def main() -> int:
 
 def last_line(spec: RunSpec, outcome: Outcome) -> str:
     """What was published and how to call it, or how to continue."""
+    if outcome.result is None and outcome.step == 0:
+        return f"Run {spec.run} stopped before its first step. Submit the same spec again to begin it."
     if outcome.result is None:
         return f"Run {spec.run} stopped after step {outcome.step}, which is committed. Submit the same spec again to continue it."
     result = outcome.result

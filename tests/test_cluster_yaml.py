@@ -3,6 +3,7 @@
 import copy
 import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,5 +86,8 @@ def test_a_node_exports_what_a_local_cluster_gives_its_processes(
         monkeypatch.delenv(name)
     local = local_cluster.environment("s3://BUCKET/PREFIX")
     (folder,) = config["file_mounts"]
+    (made,) = re.findall(r"-m venv (\S+)", " ".join(config["setup_commands"]))
+    assert exported.pop("PATH") == f"{made}/bin:$PATH", "a job's `python` is the one of the environment"
+    assert local.pop("PATH").split(":")[0] == str(Path(sys.executable).parent)
     assert local.pop("PYTHONPATH").replace(str(ROOT), folder) == exported.pop("PYTHONPATH")
     assert exported == {name: value for name, value in local.items() if name not in LOCAL_ONLY}

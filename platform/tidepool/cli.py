@@ -131,7 +131,7 @@ def _up(options: argparse.Namespace) -> None:
     url = options.store or os.environ.get(STORE_VARIABLE) or _LOCAL_STORE.absolute().as_uri()
     store = open_store(url)
     print("Starting a Ray cluster", flush=True)
-    cluster = local_cluster.start(url, options.num_cpus, Path(".tidepool/ray.log"), usual_ports=True)
+    cluster = local_cluster.start(url, options.num_cpus, Path(".tidepool/ray.log"), usual_ports=True, find_gpus=True)
     local_cluster.save(cluster, _CLUSTER_FILE)
     models = Registry(store).names()
     if models:
@@ -141,8 +141,8 @@ def _up(options: argparse.Namespace) -> None:
     if models:
         print(f"API        {cluster.api_url} (models: {', '.join(models)})")
     else:
-        print("API        not served: no model is published in this store yet (`make demo` makes two)")
-    print(f"submit     ray job submit --address {cluster.dashboard_url} --working-dir . -- python jobs/train.py jobs/lora.yaml")
+        print("API        not served: no model is published in this store yet; jobs/README.md shows how to train one")
+    print(f"submit     ray job submit --address {cluster.dashboard_url} --working-dir . -- python jobs/prepare.py jobs/prepare.yaml")
     print("stop       make down")
 
 

@@ -67,6 +67,8 @@ def environment(store_url: str) -> dict[str, str]:
     source = Path(tidepool.__path__[0]).parent
     paths = [str(source.parent), str(source), os.environ.get("PYTHONPATH", "")]
     return os.environ | {
+        # The shell of a job's entrypoint must find this Python, whether or not its environment is activated here.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         STORE_VARIABLE: store_url,
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -77,10 +79,11 @@ def environment(store_url: str) -> dict[str, str]:
     }
 
 
-def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False) -> LocalCluster:
+def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False, find_gpus: bool = False) -> LocalCluster:
     """Start a cluster with `num_cpus` logical CPUs and wait until it answers. Raises `ClusterError` that names the log.
 
-    `usual_ports` asks for the ports that Ray's documentation uses (8265, 8000), where they are free.
+    `usual_ports` asks for the ports that Ray's documentation uses (8265, 8000), where they are free; `find_gpus` offers the
+    GPUs that Ray finds, else there are none.
     """
     temp_dir = tempfile.mkdtemp(prefix="tidepool-ray-")
     port, agent, client, dashboard, http = _free_ports([0, 0, 0, 8265, 8000] if usual_ports else [0] * 5)
@@ -93,11 +96,10 @@ def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False) -
         "dashboard-agent-listen-port": agent,
         "ray-client-server-port": client,
         "num-cpus": num_cpus,
-        "num-gpus": 0,
         "object-store-memory": _OBJECT_STORE_BYTES,
         "temp-dir": temp_dir,
     }
-    command += [f"--{name}={value}" for name, value in options.items()]
+    command += [f"--{name}={value}" for name, value in (options if find_gpus else options | {"num-gpus": 0}).items()]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         # A session of its own, so that Ctrl-C in the terminal reaches us and not Ray.

@@ -11,7 +11,7 @@ import torch
 
 from tidepool.checkpoint import Checkpoints, Commit, Incarnation, claim_incarnation, read_manifest, verify
 from tidepool.errors import CorruptCheckpointError, StoreError, SupersededError
-from tidepool.storage import ObjectStore, open_store
+from tidepool.storage import ObjectStore, log_numbers, open_store
 
 RUN = "r"
 
@@ -88,10 +88,9 @@ def test_a_writer_that_dies_at_any_call_leaves_the_commit_before_or_a_whole_one(
         assert found == before or found.step == 2
         whole += found.step == 2
         # Back to where it was, for the next death.
-        for info in [*store.list(f"runs/{RUN}/incarnations/"), *store.list(f"runs/{RUN}/commits/")]:
-            if info.key.rsplit("/", 1)[1] not in ("1.json", f"{before.name}.json"):
-                store.delete(info.key)
-    assert deaths > 8
+        for number in log_numbers(store, f"runs/{RUN}/log/")[2:]:
+            store.delete(f"runs/{RUN}/log/{number}.json")
+    assert deaths > 6
     assert 0 < whole < deaths
 
 
@@ -101,7 +100,7 @@ def test_a_commit_whose_answer_was_lost_is_known_as_done(store: ObjectStore, mon
 
     def lose_answer(key: str, data: bytes | Path) -> None:
         put(key, data)
-        if "/commits/" in key:
+        if "/log/" in key:
             raise StoreError("no answer")
 
     monkeypatch.setattr(store, "put_if_absent", lose_answer)
@@ -130,7 +129,7 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "falling back to the commit before: Checkpoint" in caplog.text
     with pytest.raises(CorruptCheckpointError, match="of run r cannot be used"):
         verify(store, RUN, bad)
-    assert again.save(2, state(2), {}).incarnation == 2
+    assert again.save(2, state(2), {}).incarnation == incarnation.number
     assert start(store)[1].base is not None
 
 
@@ -161,7 +160,7 @@ def test_a_writer_that_is_overtaken_while_it_commits_is_told(store: ObjectStore,
     put = store.put_if_absent
 
     def overtake(key: str, data: bytes | Path) -> None:
-        if "/commits/" in key:
+        if "/log/" in key:
             monkeypatch.undo()
             start(store)
         put(key, data)
@@ -177,7 +176,7 @@ def test_a_commit_between_look_and_claim_is_not_lost(store: ObjectStore, monkeyp
     put, made = store.put_if_absent, []
 
     def commit_first(key: str, data: bytes | Path) -> None:
-        if "/incarnations/" in key:
+        if "/log/" in key:
             monkeypatch.undo()
             made.append(old.save(7, state(7), {}))
         put(key, data)
@@ -214,8 +213,8 @@ def test_retention_keeps_the_newest_and_removes_commits_before_data(store: Objec
     assert sorted(checkpoints.retain(2)) == sorted(commits[:3])
     for commit in commits[:3]:
         own = [key for key in deleted if commit.attempt in key]
-        assert own[0] == f"runs/{RUN}/commits/{commit.name}.json"
-        assert len(own) == 4
+        assert deleted[deleted.index(own[0]) - 1].startswith(f"runs/{RUN}/log/")
+        assert len(own) == 3
     for commit in commits[3:]:
         verify(store, RUN, commit)
 

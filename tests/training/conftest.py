@@ -32,11 +32,11 @@ CONFIG = {
 Beat = Callable[[int, str], bool]
 
 
-def prepare_dataset(store_url: str, folder: Path, name: str = "tides") -> DatasetInfo:
+def prepare_dataset(store_url: str, folder: Path, name: str = "tides", letters: str = "a-c") -> DatasetInfo:
     """Prepare a dataset of Python's own source, with a tokenizer trained on it."""
     store, texts = open_store(store_url), folder / "texts"
     texts.mkdir(parents=True)
-    for number, path in enumerate(sorted(Path(os.__file__).parent.glob("[a-c]*.py"))[:24]):
+    for number, path in enumerate(sorted(Path(os.__file__).parent.glob(f"[{letters}]*.py"))[:24]):
         (texts / f"{number}.txt").write_text(path.read_text()[:6000])
     tokenizer = train_tokenizer([path.read_text() for path in sorted(texts.iterdir())], vocab_size=320)
     tokenizer.save_pretrained(folder / "tokenizer")
@@ -45,15 +45,15 @@ def prepare_dataset(store_url: str, folder: Path, name: str = "tides") -> Datase
     return prepare(parse_spec(spec, DataSpec), load_tokenizer(folder / "tokenizer"), folder / "tokenizer", store)
 
 
-def publish_base(store_url: str, info: DatasetInfo, folder: Path, seed: int = 5) -> None:
-    """Publish an untrained model under the name `base`."""
+def publish_base(store_url: str, info: DatasetInfo, folder: Path, seed: int = 5, name: str = "base") -> None:
+    """Publish an untrained model with the dataset's tokenizer."""
     from tidepool.data import fetch_tokenizer
 
     store = open_store(store_url)
     tokenizer = load_tokenizer(fetch_tokenizer(store, info, folder / "tokenizers"))
     model = build_model(CONFIG | {"initializer_range": 0.2}, len(tokenizer), seed, tokenizer)
     export_model(model, tokenizer, folder / f"base-{seed}")
-    Registry(store).publish("base", "full", folder / f"base-{seed}", lineage={}, metrics={})
+    Registry(store).publish(name, "full", folder / f"base-{seed}", lineage={}, metrics={})
 
 
 def make_run(store_url: str, run: str, **changes: Any) -> RunSpec:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.conftest import CONFIG, Killed, killer, make_run, publish_base, train_here
+from tests.training.conftest import CONFIG, Killed, killer, make_run, prepare_dataset, publish_base, train_here
+from tidepool.checkpoint import RunLog
 from tidepool.data import Dataset, find_dataset
 from tidepool.errors import DataError, ModelError, NonFiniteError, NumericsError, SpecChangedError, SupersededError
 from tidepool.models import load_model
@@ -151,8 +152,7 @@ def test_a_loss_that_is_not_finite_stops_before_it_does_harm(prepared: str, run_
     with pytest.raises(NonFiniteError, match=rf"Run {run_name} stopped at step \d+.*samples \d+.*Lower the learning rate") as caught:
         train_here(spec)
     step = int(str(caught.value).split("step ")[1].split(":")[0])
-    committed = [int(info.key.rsplit("/", 1)[1].split("-")[1]) for info in store.list(f"runs/{run_name}/commits/")]
-    assert all(one < step for one in committed)
+    assert all(commit.step < step for commit in RunLog(store, run_name).visible_commits())
     assert read_result(store, run_name) is None
 
 
@@ -208,7 +208,7 @@ def test_old_checkpoints_are_removed(prepared: str, run_name: str, store: Object
     finish(make_run(prepared, run_name, checkpoint={"every_steps": 1, "keep": 2}))
     steps = sorted({int(info.key.split("/")[3]) for info in store.list(f"runs/{run_name}/checkpoints/")})
     assert steps == [7, 8]
-    assert len(list(store.list(f"runs/{run_name}/commits/"))) == 2
+    assert [commit.step for commit in RunLog(store, run_name).visible_commits()] == [8, 7]
 
 
 @pytest.mark.parametrize(
@@ -251,3 +251,12 @@ def test_all_checkpoints_damaged_means_from_the_start(prepared: str, run_name: s
     for info in list(store.list(f"runs/{run_name}/checkpoints/")):
         store.delete(info.key)
     assert bits(finish(spec)) == bits(finish(make_run(prepared, f"{run_name}-b")))
+
+
+def test_a_dataset_of_another_tokenizer_is_refused(prepared: str, run_name: str, tmp_path: Path) -> None:
+    """Its tokens would fit the model, and mean something else to it."""
+    other = tmp_path / "other"
+    other.mkdir()
+    publish_base(prepared, prepare_dataset(prepared, other, f"{run_name}-data", letters="m-z"), tmp_path, seed=9, name=f"{run_name}-base")
+    with pytest.raises(ModelError, match=r"another tokenizer than the model's own .*tokenizer: \{of: MODEL\}"):
+        train_here(make_run(prepared, run_name, model={"base": f"{run_name}-base", "lora": {}}))

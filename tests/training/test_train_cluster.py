@@ -16,9 +16,10 @@ import yaml
 
 import tidepool
 from tests.training.conftest import CONFIG, make_run, prepare_dataset, publish_base
+from tidepool.checkpoint import Incarnation, RunLog
 from tidepool.local_cluster import LocalCluster
 from tidepool.specs import RunSpec
-from tidepool.storage import ObjectStore, open_store, read_log
+from tidepool.storage import ObjectStore, open_store
 from tidepool.training.ray_worker import NAMESPACE, coordinator_name
 from tidepool.training.worker import read_result
 
@@ -99,6 +100,10 @@ def result_of(job: Job, store: ObjectStore) -> dict[str, Any]:
     return result
 
 
+def claims(store: ObjectStore, run: str) -> list[Incarnation]:
+    return [entry for entry in RunLog(store, run).read().values() if isinstance(entry, Incarnation)]
+
+
 def bits(result: dict[str, Any]) -> list[str]:
     return [result["weights_sha256"], result["optimizer_sha256"], result["history_sha256"]]
 
@@ -115,9 +120,9 @@ def test_killing_a_worker_changes_no_bit_and_neither_does_the_number_of_workers(
     psutil.Process(workers[1]["pid"]).kill()
     killed_result, lone_result = result_of(job, store), result_of(lone, store)
     assert "starting them again" in job.output
-    incarnations = read_log(store, "runs/killed/incarnations/")
+    incarnations = claims(store, "killed")
     assert len(incarnations) == 2
-    assert incarnations[1].value["base"] is not None, "it went on from a commit"
+    assert incarnations[1].base is not None, "it went on from a commit"
     assert bits(killed_result) == bits(lone_result)
     assert "published tides-bot@1" in job.output.splitlines()[-1]
     library = Path(workers[0]["library"])
@@ -131,16 +136,15 @@ def test_ray_job_stop_commits_first_and_a_second_job_goes_on(start: Callable[...
     cli = [sys.executable, "-m", "ray.scripts.scripts", "job", "stop", job.job_id]
     subprocess.run(cli, env=cluster.environment, check=True, capture_output=True, timeout=TIMEOUT_S)
     job.wait()
-    commits = [info.key for info in store.list("runs/stopped/commits/")]
+    commits = RunLog(store, "stopped").visible_commits()
     assert len(commits) == 1, job.output
-    step = int(commits[0].split("-")[-2])
     again = start("stopped", **changes)
     workers = again.wait_for(at_step(1))
-    assert min(worker["step"] for worker in workers) >= step
+    assert min(worker["step"] for worker in workers) >= commits[0].step
     again.process.send_signal(signal.SIGTERM)
     assert again.wait() == 143, again.output
     assert "Submit the same spec again to continue it" in again.output.splitlines()[-1]
-    assert len(list(store.list("runs/stopped/commits/"))) == 2
+    assert len(RunLog(store, "stopped").visible_commits()) == 2
 
 
 def test_a_run_name_in_use_is_told_and_disturbs_nobody(start: Callable[..., Job], store: ObjectStore) -> None:
@@ -151,13 +155,13 @@ def test_a_run_name_in_use_is_told_and_disturbs_nobody(start: Callable[..., Job]
     assert "error: Run taken is being trained in this cluster already" in second.output.splitlines()[-1]
     first.process.send_signal(signal.SIGTERM)
     assert first.wait() == 143, first.output
-    assert len(read_log(store, "runs/taken/incarnations/")) == 1
+    assert len(claims(store, "taken")) == 1
 
 
 def test_a_finished_run_is_not_trained_again(start: Callable[..., Job], store: ObjectStore) -> None:
     result = result_of(start("once", model={"config": CONFIG}, training={"steps": 2}), store)
     assert result_of(start("once", model={"config": CONFIG}, training={"steps": 2}), store) == result
-    assert len(read_log(store, "runs/once/incarnations/")) == 1
+    assert len(claims(store, "once")) == 1
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,7 @@ def test_errors_of_the_spec_end_the_job_at_once_with_one_message(
     last = [line for line in job.output.splitlines() if line.startswith("error: ")]
     assert len(last) == 1
     assert message in job.output[job.output.index("error: ") :]
-    assert len(read_log(store, f"runs/{run}/incarnations/")) <= 1, "nobody started the workers again"
+    assert len(claims(store, run)) <= 1, "nobody started the workers again"
 
 
 def test_nothing_is_left_of_a_run(start: Callable[..., Job], store: ObjectStore) -> None:

@@ -1,6 +1,7 @@
-"""Checkpoints: commit, verify, restore, retention. `chain` holds the rules, `protocol` the calls to the store."""
+"""Checkpoints: commit, verify, restore, retention. `history` holds the rules, `run_log` and `protocol` the calls to the store."""
 
-from tidepool.checkpoint.chain import Commit, Incarnation, visible_commits
+from tidepool.checkpoint.history import Commit, Incarnation, visible_commits
 from tidepool.checkpoint.protocol import Checkpoints, claim_incarnation, read_manifest, verify
+from tidepool.checkpoint.run_log import RunLog
 
-__all__ = ["Checkpoints", "Commit", "Incarnation", "claim_incarnation", "read_manifest", "verify", "visible_commits"]
+__all__ = ["Checkpoints", "Commit", "Incarnation", "RunLog", "claim_incarnation", "read_manifest", "verify", "visible_commits"]

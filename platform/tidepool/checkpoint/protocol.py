@@ -1,15 +1,15 @@
 """The commit protocol on an object store (the architecture's "The object store").
 
-    runs/<run>/incarnations/<i>.json                           who may advance the run, and from which commit
+    runs/<run>/log/<n>.json                                    claims and commits, in one order (see `history`)
     runs/<run>/checkpoints/<step>/<incarnation>-<attempt>/     data objects and manifest.json, never overwritten
-    runs/<run>/commits/<incarnation>-<step>-<attempt>.json     the commit: one small put-if-absent
 
 Invariants:
-- A commit exists only after every object it names is in the store at the size that was written.
+- A commit is one put-if-absent of the log's next entry, made after every object it names is in the store at the size that
+  was written.
 - Readers see what a commit names and nothing else; what they read is checked against the sha256 that the writer
   computed. Bytes that differ raise `CorruptCheckpointError`, and the commit before counts instead.
-- A writer whose incarnation is not the newest stops with `SupersededError`: before a commit, and after one too, so that
-  no step is reported as committed unless every later incarnation sees it.
+- A step that was reported as committed is in the history of every later incarnation, unless it is damaged. A writer whose
+  incarnation is not the newest stops with `SupersededError`.
 - Retention removes a commit before its data; data without a commit is removed only when its incarnation is closed and
   it is a day old.
 
@@ -29,12 +29,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tidepool.checkpoint.chain import Commit, Incarnation, visible_commits
+from tidepool.checkpoint.history import Commit, Entry, Incarnation, newest_incarnation, visible_commits
+from tidepool.checkpoint.run_log import RunLog
 from tidepool.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, StoreError, SupersededError
-from tidepool.storage import ObjectStore, append, get_json, log_numbers, put_json, read_log
+from tidepool.storage import ObjectStore, get_json, put_json
 
 _logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 16 * 2**20
+_MAX_CLAIM_TRIES = 100  # each one lost means that another driver, or a commit of the one before, was first
 _GARBAGE_AGE = timedelta(days=1)
 
 
@@ -43,22 +45,21 @@ class Checkpoints:
 
     def __init__(self, store: ObjectStore, run: str, incarnation: Incarnation) -> None:
         self._store, self._run, self._incarnation = store, run, incarnation
+        self._log = RunLog(store, run)
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], details: Mapping[str, Any]) -> Commit:
         """Commit the state after `step` steps: each key of `tensors` becomes one safetensors object of named tensors.
 
         `details` (JSON) goes into the manifest. Blocks until the commit stands. Raises `SupersededError`, `StoreError`.
         """
-        self._check_newest()
+        self._read_own_log()  # a writer that was taken over learns it before it uploads
         commit = Commit(self._incarnation.number, step, uuid.uuid4().hex[:16])
         prefix = _data_prefix(self._run, commit)
         with tempfile.TemporaryDirectory(prefix="tidepool-checkpoint-") as folder:
             objects = [self._put_tensors(prefix, f"{name}.safetensors", part, Path(folder)) for name, part in sorted(tensors.items())]
         manifest = {"run": self._run, "step": step, "incarnation": commit.incarnation, "objects": objects, **details}
         put_json(self._store, f"{prefix}manifest.json", manifest)
-        self._check_newest()
-        self._put_commit(commit)
-        self._check_newest()
+        self._append(commit)
         return commit
 
     def _put_tensors(self, prefix: str, name: str, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
@@ -76,39 +77,37 @@ class Checkpoints:
         path.unlink()
         return {"name": name, "size_bytes": size_bytes, "sha256": sha256}
 
-    def _put_commit(self, commit: Commit) -> None:
-        key, value = _commit_key(self._run, commit), {"attempt": commit.attempt}
-        try:
-            put_json(self._store, key, value)
-        except StoreError:
-            # The answer may have been lost, not the commit: what stands at the key decides.
+    def _append(self, commit: Commit) -> None:
+        while True:
+            number = max(self._read_own_log()) + 1
             try:
-                if get_json(self._store, key) == value:
-                    return
-            except ObjectNotFoundError:
-                pass
-            raise
+                self._log.append(commit, number, {})
+            except ObjectExistsError:
+                continue  # somebody else's entry: it says whether we may still commit
+            return
 
-    def _check_newest(self) -> None:
-        newest = max(log_numbers(self._store, _incarnations_prefix(self._run)))
+    def _read_own_log(self) -> dict[int, Entry]:
+        entries = self._log.read()
+        newest = newest_incarnation(entries.values())
         if newest != self._incarnation.number:
             raise SupersededError(
                 f"Run {self._run} was taken over: incarnation {newest} is newer than this one ({self._incarnation.number}). "
                 "Nothing is lost; follow the newer driver, or give this run another name."
             )
+        return entries
 
     def retain(self, keep: int) -> list[Commit]:
         """Remove all but the newest `keep` commits, commits beside the history, and old garbage; return those removed."""
-        commits = _list_commits(self._store, self._run)
-        incarnations = _list_incarnations(self._store, self._run)
-        kept = visible_commits(incarnations, commits)[:keep]
-        removed = [c for c in commits if c not in kept and c.incarnation <= self._incarnation.number]
-        for commit in removed:
-            self._store.delete(_commit_key(self._run, commit))
+        entries = self._read_own_log()
+        commits = {number: entry for number, entry in entries.items() if isinstance(entry, Commit)}
+        kept = visible_commits(entries.values())[:keep]
+        removed = {number: commit for number, commit in commits.items() if commit not in kept}
+        for number, commit in removed.items():
+            self._log.remove(number)
             for info in list(self._store.list(_data_prefix(self._run, commit))):
                 self._store.delete(info.key)
-        self._remove_garbage({commit.name for commit in commits})
-        return removed
+        self._remove_garbage({commit.name for commit in commits.values()})
+        return list(removed.values())
 
     def _remove_garbage(self, committed: set[str]) -> None:
         oldest = datetime.now(UTC) - _GARBAGE_AGE
@@ -142,40 +141,35 @@ class Checkpoints:
 def claim_incarnation(store: ObjectStore, run: str, details: Mapping[str, Any]) -> Incarnation:
     """Claim the next incarnation of a run from its newest commit that verifies; `details` (JSON) is kept with it.
 
-    A commit that does not verify is passed over with a warning. If the driver before this one commits between our look
-    and our claim, that commit was reported as done, so another incarnation is claimed on top of it.
-    Raises `SupersededError` if another driver keeps claiming at the same time.
+    The claim comes first, so that no older driver goes on, and then its base is read; if that does not verify, another
+    incarnation is claimed from the commit before, with a warning. Raises `SupersededError` if another driver claims the
+    run at the same time, `StoreError`.
     """
-    damaged: set[Commit] = set()
-    for _ in range(8):
-        incarnations = _list_incarnations(store, run)
-        base = _newest_sound(store, run, visible_commits(incarnations, _list_commits(store, run)), damaged)
-        number = max((i.number for i in incarnations), default=0) + 1
+    log, damaged = RunLog(store, run), set[Commit]()
+    while True:
+        claimed = _claim(log, run, damaged, details)
+        if claimed.base is None:
+            return claimed
         try:
-            append(store, _incarnations_prefix(run), {"base": base.name if base else None, **details}, expected_number=number)
-        except ObjectExistsError:
-            continue
-        after = visible_commits(incarnations, _list_commits(store, run))
-        if _newest_sound(store, run, after, damaged, known=base) == base:
-            return Incarnation(number, base)
-    raise SupersededError(f"Run {run} is being started by another driver at the same time. Let one of them run, or choose another name.")
-
-
-def _newest_sound(store: ObjectStore, run: str, commits: list[Commit], damaged: set[Commit], known: Commit | None = None) -> Commit | None:
-    """The first of `commits` that verifies; adds those that do not to `damaged`; `known` is taken as verified."""
-    for commit in commits:
-        if commit in damaged:
-            continue
-        if commit == known:
-            return commit
-        try:
-            verify(store, run, commit)
+            verify(store, run, claimed.base)
         except CorruptCheckpointError as error:
-            damaged.add(commit)
+            damaged.add(claimed.base)
             _logger.warning("falling back to the commit before: %s", error)
         else:
-            return commit
-    return None
+            return claimed
+
+
+def _claim(log: RunLog, run: str, damaged: set[Commit], details: Mapping[str, Any]) -> Incarnation:
+    for _ in range(_MAX_CLAIM_TRIES):
+        entries = log.read()
+        base = next((commit for commit in visible_commits(entries.values()) if commit not in damaged), None)
+        claim = Incarnation(newest_incarnation(entries.values()) + 1, base)
+        try:
+            log.append(claim, max(entries, default=0) + 1, details)
+        except ObjectExistsError:
+            continue
+        return claim
+    raise SupersededError(f"Run {run} is being started by another driver at the same time. Let one of them run, or choose another name.")
 
 
 def verify(store: ObjectStore, run: str, commit: Commit) -> None:
@@ -219,25 +213,5 @@ def _corrupt(run: str, commit: Commit, what: str) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"Checkpoint {commit.name} (step {commit.step}) of run {run} cannot be used: {what}.")
 
 
-def _list_incarnations(store: ObjectStore, run: str) -> list[Incarnation]:
-    return [
-        Incarnation(e.number, Commit.parse(e.value["base"]) if e.value["base"] else None)
-        for e in read_log(store, _incarnations_prefix(run))
-    ]
-
-
-def _list_commits(store: ObjectStore, run: str) -> list[Commit]:
-    names = (info.key.rsplit("/", 1)[1].removesuffix(".json") for info in store.list(f"runs/{run}/commits/"))
-    return [commit for name in names if (commit := Commit.parse(name))]
-
-
-def _incarnations_prefix(run: str) -> str:
-    return f"runs/{run}/incarnations/"
-
-
 def _data_prefix(run: str, commit: Commit) -> str:
     return f"runs/{run}/checkpoints/{commit.step}/{commit.incarnation}-{commit.attempt}/"
-
-
-def _commit_key(run: str, commit: Commit) -> str:
-    return f"runs/{run}/commits/{commit.name}.json"

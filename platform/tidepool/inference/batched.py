@@ -84,7 +84,8 @@ class BatchedEngine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EngineSpec, attach: Attach) -> None:
         self._tokenizer, self._spec = tokenizer, spec
-        self._context_length = _context_length(model, spec)
+        self.context_length = _context_length(model, spec)
+        """Tokens that a prompt and its answer have room for together."""
         self._num_tokens = int(model.get_input_embeddings().weight.shape[0])
         self._end_tokens = find_end_tokens(model, tokenizer)
         self._runner = ModelRunner(model, attach)
@@ -112,7 +113,7 @@ class BatchedEngine:
             )
         if request.adapter is not None:
             self._touch(request.adapter)
-        sequence = Sequence(request, self._tokenizer, self._end_tokens, self._context_length)
+        sequence = Sequence(request, self._tokenizer, self._end_tokens, self.context_length)
         stream = Stream(lambda: self._end(live))
         live = self._live[request.request_id] = _Live(sequence, weakref.ref(stream))
         self._schedule.add(sequence)
@@ -174,9 +175,9 @@ class BatchedEngine:
         prompt = request.prompt_tokens
         if not prompt:
             raise RequestError("The prompt is empty: give at least one token.")
-        if len(prompt) >= self._context_length:
+        if len(prompt) >= self.context_length:
             raise RequestError(
-                f"The prompt has {len(prompt)} tokens, and the context of {self._context_length} must hold at least one more: shorten it."
+                f"The prompt has {len(prompt)} tokens, and the context of {self.context_length} must hold at least one more: shorten it."
             )
         if unknown := [token for token in prompt if not 0 <= token < self._num_tokens]:
             raise RequestError(f"The model has no token {unknown[0]}: its tokens are 0 to {self._num_tokens - 1}. Use its own tokenizer.")

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from tidepool.models.adapter import add_lora, attach_adapter, export_adapter
     from tidepool.models.opened import OpenedModel, open_model
     from tidepool.models.packed import packed_attention_mask, packed_positions
-    from tidepool.models.pretrained import check_tokenizer, export_model, load_model, load_tokenizer
+    from tidepool.models.pretrained import check_same_tokens, check_tokenizer, export_model, load_model, load_tokenizer
     from tidepool.models.scratch import build_model
     from tidepool.models.source import ModelSource, cache_folder, copy_tokenizer, fetch_model, find_model
     from tidepool.models.tokenizer import train_tokenizer
@@ -23,6 +23,7 @@ __all__ = [
     "attach_adapter",
     "build_model",
     "cache_folder",
+    "check_same_tokens",
     "check_tokenizer",
     "copy_tokenizer",
     "export_adapter",
@@ -41,7 +42,7 @@ _MODULES = {
     "adapter": ("add_lora", "attach_adapter", "export_adapter"),
     "opened": ("OpenedModel", "open_model"),
     "packed": ("packed_attention_mask", "packed_positions"),
-    "pretrained": ("check_tokenizer", "export_model", "load_model", "load_tokenizer"),
+    "pretrained": ("check_same_tokens", "check_tokenizer", "export_model", "load_model", "load_tokenizer"),
     "scratch": ("build_model",),
     "source": ("ModelSource", "cache_folder", "copy_tokenizer", "fetch_model", "find_model"),
     "tokenizer": ("train_tokenizer",),

@@ -66,6 +66,15 @@ def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         )
 
 
+def check_same_tokens(tokenizer: PreTrainedTokenizerBase, of_data: PreTrainedTokenizerBase) -> None:
+    """Raises `ModelError` if a model's tokenizer and the one that prepared a dataset give words other numbers."""
+    if tokenizer.get_vocab() != of_data.get_vocab():
+        raise ModelError(
+            f"The dataset was prepared with another tokenizer than the model's own ({len(of_data)} tokens, the model's has "
+            f"{len(tokenizer)}): its numbers mean other words to the model. Prepare it with `tokenizer: {{of: MODEL}}` in the data spec."
+        )
+
+
 def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a whole model and its tokenizer into a folder, as plain `transformers` reads them. Raises `ModelError`."""
     check_tokenizer(model, tokenizer)

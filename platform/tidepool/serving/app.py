@@ -27,7 +27,7 @@ _SHUTDOWN_TIMEOUT_S = 60
 _HEADROOM = 64
 _GATEWAY_REQUESTS = 10_000
 _LOOKUP_DEADLINE_S = 5.0
-_GATEWAY_CPUS = 0.1
+_GATEWAY_CPUS = 0  # it waits for others nearly all the time; what it holds no run could have
 
 
 def build(args: dict[str, Any]) -> serve.Application:

@@ -121,5 +121,4 @@ def load_replica(store_url: str, base: ModelSource, spec: EngineSpec, device: Li
     model = load_model(folder, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
     tokenizer = load_tokenizer(folder)
     engine = BatchedEngine(model, tokenizer, spec, lambda present, path, name: attach_adapter(present, path, name, base.digest))
-    context_length = min(spec.max_sequence_length or model.config.max_position_embeddings, model.config.max_position_embeddings)
-    return Replica(engine, tokenizer, base.digest, Registry(store), cache_folder(), context_length)
+    return Replica(engine, tokenizer, base.digest, Registry(store), cache_folder(), engine.context_length)

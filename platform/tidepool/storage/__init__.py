@@ -3,7 +3,7 @@
 from tidepool.storage.base import ObjectInfo, ObjectStore
 from tidepool.storage.documents import get_json, put_json
 from tidepool.storage.folders import fill_folder
-from tidepool.storage.log import LogEntry, append, log_numbers, read_last, read_log
+from tidepool.storage.log import LogEntry, append, log_numbers, read_entry, read_last, read_log
 from tidepool.storage.urls import open_store
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "log_numbers",
     "open_store",
     "put_json",
+    "read_entry",
     "read_last",
     "read_log",
 ]

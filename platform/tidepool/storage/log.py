@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tidepool.errors import ObjectExistsError, StoreError
+from tidepool.errors import ObjectExistsError, ObjectNotFoundError, StoreError
 from tidepool.storage.base import ObjectStore
 from tidepool.storage.documents import get_json, put_json
 
@@ -33,10 +33,10 @@ def append(store: ObjectStore, prefix: str, value: Mapping[str, Any], *, expecte
     while True:
         try:
             put_json(store, _key(prefix, number), document)
-        except ObjectExistsError:
-            if get_json(store, _key(prefix, number)) == document:
-                break  # ours: only the answer to the first try was lost
-            if expected_number is not None:
+        except StoreError as error:
+            if _stands(store, _key(prefix, number), document):
+                break  # only the answer was lost
+            if expected_number is not None or not isinstance(error, ObjectExistsError):
                 raise
             number += 1
         else:
@@ -52,20 +52,29 @@ def log_numbers(store: ObjectStore, prefix: str) -> list[int]:
 
 def read_log(store: ObjectStore, prefix: str) -> list[LogEntry]:
     """All entries, ascending by number."""
-    return [_read(store, prefix, number) for number in log_numbers(store, prefix)]
+    return [read_entry(store, prefix, number) for number in log_numbers(store, prefix)]
 
 
 def read_last(store: ObjectStore, prefix: str) -> LogEntry | None:
     """The newest entry, None if there is none."""
     numbers = log_numbers(store, prefix)
-    return _read(store, prefix, numbers[-1]) if numbers else None
+    return read_entry(store, prefix, numbers[-1]) if numbers else None
 
 
-def _read(store: ObjectStore, prefix: str, number: int) -> LogEntry:
+def read_entry(store: ObjectStore, prefix: str, number: int) -> LogEntry:
+    """One entry. Raises `ObjectNotFoundError`, `StoreError`."""
     try:
         return LogEntry(number, get_json(store, _key(prefix, number)))
     except ValueError as error:
         raise StoreError(f"{_key(prefix, number)} in {store.url} is damaged ({error}): restore it from a backup of the store.") from error
+
+
+def _stands(store: ObjectStore, key: str, document: Mapping[str, Any]) -> bool:
+    """Whether this very document is at the key."""
+    try:
+        return get_json(store, key) == document
+    except (ObjectNotFoundError, ValueError):
+        return False
 
 
 def _key(prefix: str, number: int) -> str:

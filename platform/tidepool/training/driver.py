@@ -26,7 +26,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 import tidepool
 from tidepool.checkpoint import Incarnation, claim_incarnation
-from tidepool.errors import ClusterError, RunError, TidepoolError
+from tidepool.errors import ClusterError, RunError, SpecError, TidepoolError
 from tidepool.specs import RunSpec, WorkersSpec
 from tidepool.storage import open_store
 from tidepool.telemetry import configure_logging
@@ -43,6 +43,8 @@ _COLLECTIVE_TIMEOUT_S = 600
 
 def train(spec: RunSpec) -> Outcome:
     """Run or continue a run to its end, or until it is asked to stop. Raises any of Tidepool's errors."""
+    if spec.store.startswith("memory://"):
+        raise SpecError(f"store: {spec.store} is another store in each process: give s3://bucket/prefix, or file:/// and an absolute path.")
     store = open_store(spec.store)
     pins = read_pins(spec, store) or resolve(spec, store)
     if (result := read_result(store, spec.run)) is not None:

@@ -25,6 +25,7 @@ from tidepool.models import (
     add_lora,
     build_model,
     cache_folder,
+    check_same_tokens,
     check_tokenizer,
     export_adapter,
     export_model,
@@ -110,7 +111,9 @@ def _build_parts(task: Task, store: ObjectStore, folder: Path, device: torch.dev
         model = build_model(spec.model.config, len(tokenizer), spec.seed, tokenizer)
     else:
         frozen = resolve_dtype(spec.training.precision, device) if spec.model.lora else torch.float32
-        model = load_model(fetch_model(base, store, cache_folder()), frozen)
+        base_folder = fetch_model(base, store, cache_folder())
+        check_same_tokens(load_tokenizer(base_folder), tokenizer)
+        model = load_model(base_folder, frozen)
         check_tokenizer(model, tokenizer)
         if spec.model.lora:
             model = add_lora(model, spec.model.lora, spec.seed, base.ref)
