@@ -1,5 +1,6 @@
 """What all tests share: an S3 server, and a Ray cluster for those marked `cluster`. Both start when first asked for."""
 
+import logging
 import os
 import socket
 import subprocess
@@ -17,6 +18,16 @@ from tidepool.local_cluster import LocalCluster
 
 NAMESPACE = "tidepool"
 _START_TIMEOUT_S = 60
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """Undoes `configure_logging` after a test that runs a job in this process: its handler writes to that test's output."""
+    logger = logging.getLogger("tidepool")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 @pytest.fixture(scope="session")
