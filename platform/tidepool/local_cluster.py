@@ -38,6 +38,7 @@ _REQUEST_TIMEOUT_S = 30
 _POLL_S = 0.1
 _OBJECT_STORE_BYTES = 200 * 2**20
 _APPLICATION = "tidepool"
+_started: list[subprocess.Popen[bytes]] = []  # kept, or Python would warn of a process that outlives its handle, as it is meant to
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False, f
         process = subprocess.Popen(
             command, env=environment(store_url), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )
+    _started.append(process)
     cluster = LocalCluster(process.pid, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", http, store_url, temp_dir)
     deadline = time.monotonic() + _START_TIMEOUT_S
     while not _answers(f"{cluster.dashboard_url}/api/version"):
