@@ -32,7 +32,7 @@ from tidepool.errors import ClusterError
 from tidepool.specs import STORE_VARIABLE
 
 _START_TIMEOUT_S = 120
-_STOP_TIMEOUT_S = 30
+_STOP_TIMEOUT_S = 8  # Ray itself waits 30 s for actors such as Serve's; nothing that was committed needs them to end well
 _SERVE_TIMEOUT_S = 180
 _REQUEST_TIMEOUT_S = 30
 _POLL_S = 0.1
