@@ -102,10 +102,12 @@ def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False, f
     }
     command += [f"--{name}={value}" for name, value in (options if find_gpus else options | {"num-gpus": 0}).items()]
     log.parent.mkdir(parents=True, exist_ok=True)
+    # What a killed worker leaves in its temporary folder goes with the cluster's.
+    variables = environment(store_url) | {"TMPDIR": temp_dir}
     with log.open("wb") as output:
         # A session of its own, so that Ctrl-C in the terminal reaches us and not Ray.
         process = subprocess.Popen(
-            command, env=environment(store_url), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            command, env=variables, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )
     _started.append(process)
     cluster = LocalCluster(process.pid, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", http, store_url, temp_dir)
