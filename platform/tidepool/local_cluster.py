@@ -150,6 +150,7 @@ def stop(cluster: LocalCluster) -> None:
             if number == signal.SIGKILL or process.pid == cluster.pid:
                 _send(process, number)
         _, processes = psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
+    _started[:] = [process for process in _started if process.poll() is None]
     shutil.rmtree(cluster.temp_dir, ignore_errors=True)
 
 
