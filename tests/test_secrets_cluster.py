@@ -19,7 +19,14 @@ pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[1]
 RUN = f"secretive-{uuid.uuid4().hex[:8]}"
 PLANTED = {name: f"planted-{name.lower()}-{uuid.uuid4().hex}" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")}
-PAGES = ("api/jobs/", "api/serve/applications/", "api/train/v2/runs/v1", "nodes?view=summary", "api/cluster_status", "api/v0/nodes?detail=1")
+PAGES = (
+    "api/jobs/",
+    "api/serve/applications/",
+    "api/train/v2/runs/v1",
+    "nodes?view=summary",
+    "api/cluster_status",
+    "api/v0/nodes?detail=1",
+)
 PAGES += tuple(f"api/v0/{kind}?detail=1&limit=10000" for kind in ("actors", "tasks", "workers", "runtime_envs", "jobs"))
 
 
