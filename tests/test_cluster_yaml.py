@@ -16,8 +16,13 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from tidepool import local_cluster
 
 ROOT = Path(__file__).parents[1]
-LOCAL_ONLY = {"RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"}
-"""What a cluster of one machine needs beside: no reports, plain HTTP on loopback, GPUs left visible."""
+LOCAL_ONLY = {
+    "RAY_USAGE_STATS_ENABLED",
+    "RAY_AUTH_MODE",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S",
+}
+"""What a cluster of one machine needs beside: no reports, plain HTTP on loopback, GPUs left visible, an end at once."""
 NETWORK = ("NCCL_", "FI_")
 """How variables of the nodes' network begin, which one machine does not need."""
 

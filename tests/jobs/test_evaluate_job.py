@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -115,15 +113,6 @@ def test_the_adapter_makes_a_difference_and_batches_make_none(evaluate: Evaluate
     losses = [result["held_out_loss"] for result in results]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert abs(losses[2] - losses[0]) > 1e-3
-
-
-def test_as_a_process_its_last_line_is_the_result(url: str, tmp_path: Path) -> None:
-    (tmp_path / "spec.yaml").write_text(yaml.safe_dump({"model": "base", "dataset": "tides", "num_samples": 3}))
-    environment = os.environ | {"TIDEPOOL_STORE": url, "TIDEPOOL_CACHE": str(tmp_path / "cache"), "PYTHONPATH": ""}
-    command = [sys.executable, str(ROOT / "jobs" / "evaluate.py"), "spec.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["model"] == "base@1"
 
 
 # --- Mistakes --------------------------------------------------------------------------------------------------------
