@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tidepool
+from tests.metadata import Metadata
 from tidepool import local_cluster
 from tidepool.local_cluster import LocalCluster
 
@@ -79,6 +81,17 @@ def any_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return f"memory://{uuid.uuid4().hex}"
     url: str = request.getfixturevalue("s3_url")
     return url
+
+
+@pytest.fixture
+def metadata() -> Iterator[Metadata]:
+    """A metadata service of this test."""
+    with Metadata() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="session")
