@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tidepool.errors import ObjectNotFoundError, StoreError
+from tidepool.errors import ObjectNotFoundError, StoreError, StoreFullError
 from tidepool.storage import open_store
 
 _WRITER = """
@@ -89,7 +89,7 @@ def test_a_full_or_failing_disk_is_told_and_leaves_nothing(tmp_path: Path, monke
 
     store = open_store(tmp_path.as_uri())
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match=r"k: No space left on device.*is it full"):
+    with pytest.raises(StoreFullError, match=r"is full: it refused k \(No space left on device\)"):
         store.put_if_absent("k", b"x")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 
-from tidepool.errors import ObjectExistsError, ObjectNotFoundError, StoreAccessError, StoreError, StoreUnreachableError
+from tidepool.errors import (
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StoreAccessError,
+    StoreError,
+    StoreFullError,
+    StoreUnreachableError,
+)
 from tidepool.storage import ObjectStore, append, open_store
 
 Answer = tuple[int, bytes]
@@ -126,6 +133,28 @@ def test_wrong_credentials_are_told_at_once_and_not_printed(server: Server, stat
             call()
         assert len(server.asked) == 1
         assert "secret-of-the-test" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "advice"),
+    [
+        (400, "ExpiredToken", "has ended: renew them"),
+        (403, "RequestTimeTooSkewed", "clock is not the store's"),
+        (403, "InvalidAccessKeyId", "AWS_SESSION_TOKEN"),
+    ],
+)
+def test_why_access_is_refused_is_told(server: Server, status: int, code: str, advice: str) -> None:
+    server.answers = [(status, f"<Error><Code>{code}</Code></Error>".encode())]
+    with pytest.raises(StoreAccessError, match=rf"\(status {status}, {code}\).*{advice}"):
+        _store().put_if_absent("k", b"")
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "QuotaExceeded"), (507, "InsufficientStorage")])
+def test_a_full_store_is_not_taken_for_wrong_credentials(server: Server, status: int, code: str) -> None:
+    server.answers = [(status, f"<Error><Code>{code}</Code></Error>".encode())]
+    with pytest.raises(StoreFullError, match=rf"is full: it refused k \({code}\).*make room"):
+        _store().put_if_absent("k", b"")
+    assert server.asked == ["PUT"]
 
 
 def test_a_missing_bucket_is_not_a_missing_object(server: Server) -> None:
