@@ -84,7 +84,10 @@ class LocalStore:
                     folder.rmdir()
                 except OSError:  # not empty, or gone by the hand of another deleter
                     break
-            _sync_folder(next(folder for folder in path.parents if folder.exists()))
+            for folder in path.parents:
+                with suppress(FileNotFoundError):  # removed as we removed ours, or by another deleter
+                    _sync_folder(folder)
+                    break
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
