@@ -183,8 +183,8 @@ class RemoteStore:
         status, code = _status_and_code(text)
         if status == 507 or code in _FULL_CODES:
             return StoreFullError(
-                f"{self.url} is full: it refused {where} ({code or status}). What was committed is there; make room (delete old runs, lower "
-                "checkpoint.keep) or have the quota raised, then submit again."
+                f"{self.url} is full: it refused {where} ({code or status}). What was committed is there; make room (delete old runs, "
+                "lower checkpoint.keep) or have the quota raised, then submit again."
             )
         is_refused = isinstance(error, UnauthenticatedError | PermissionDeniedError) or status in (401, 403)
         if is_refused or code in _ACCESS_ADVICE or _METADATA_HOST in text:
