@@ -25,7 +25,5 @@ def _check(options: argparse.Namespace) -> None:
             failed.append(finding.name)
             print(f"        {'':<16}  This would cost: {finding.cost}.", flush=True)
     if failed:
-        raise StoreUnfitError(
-            f"{store.url} is not fit for Tidepool: {', '.join(failed)} failed. Use another store, or have this one repaired."
-        )
+        raise StoreUnfitError(f"{store.url} is not fit for Tidepool ({', '.join(failed)}): use another store, or have this one repaired.")
     print(f"{store.url} is fit for Tidepool.")

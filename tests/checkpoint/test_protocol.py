@@ -1,7 +1,6 @@
 """The commit protocol on a store: whole or absent whatever dies when, verified, fought over, cleaned up."""
 
 import threading
-import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ RUN = "r"
 
 
 @pytest.fixture
-def store() -> ObjectStore:
-    return open_store(f"memory://{uuid.uuid4().hex}")
+def store(store_url: str) -> ObjectStore:
+    return open_store(store_url)
 
 
 def state(step: int) -> dict[str, dict[str, torch.Tensor]]:

@@ -22,6 +22,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -80,6 +81,8 @@ class Ceph:
     def __init__(self, folder: Path) -> None:
         self._folder, self._mon_port, rgw_port = folder, _free_port(), _free_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        # The parent-death signal comes when the thread that started a daemon ends, so one thread starts them all.
+        self._starter = ThreadPoolExecutor(1)
         self.server = S3Server(f"http://127.0.0.1:{rgw_port}", f"key{secrets.token_hex(8)}", secrets.token_hex(16))
         values = {"fsid": uuid.uuid4(), "folder": folder, "mon_port": self._mon_port, "rgw_port": rgw_port, "sts_key": secrets.token_hex(8)}
         (folder / "ceph.conf").write_text(_CONFIG.format(**values))
@@ -135,6 +138,7 @@ class Ceph:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        self._starter.shutdown()
 
     def _create_keys(self) -> None:
         everything = ("--cap", "mon", "allow *", "--cap", "osd", "allow *")
@@ -165,7 +169,8 @@ class Ceph:
         # setpriv: the daemon dies with this process, however that dies.
         command = ["setpriv", "--pdeathsig", "KILL", program, "-f", *arguments]
         with (self._folder / f"{program}.out").open("ab") as output:
-            self._processes[program] = subprocess.Popen(command, stdout=output, stderr=output, env=self._environment())
+            starting = self._starter.submit(subprocess.Popen, command, stdout=output, stderr=output, env=self._environment())
+            self._processes[program] = starting.result()
 
     def _wait(self, program: str, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + _START_TIMEOUT_S

@@ -26,9 +26,10 @@ class S3Server:
             "AWS_REGION": "us-east-1",
         }
 
-    def client(self, service: str = "s3") -> Any:
-        """A boto3 client of a service of this server."""
+    def client(self, service: str = "s3", **options: Any) -> Any:
+        """A boto3 client of a service of this server; `options` are botocore's."""
         import boto3
+        from botocore.config import Config
 
         return boto3.client(
             service,
@@ -36,6 +37,7 @@ class S3Server:
             endpoint_url=self.endpoint_url,
             aws_access_key_id=self.access_key,
             aws_secret_access_key=self.secret_key,
+            config=Config(**options),
         )
 
     def create_bucket(self, name: str) -> None:

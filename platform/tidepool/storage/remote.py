@@ -6,9 +6,10 @@ Invariants:
 - Every small call ends within the store's deadline, with an answer or with `StoreUnreachableError`.
 - A client that was carried across a fork would hang; it is refused instead.
 
-Files above `_SMALL_BYTES` go up in parts: each part is tried again by itself, then the whole upload. Not every S3 server
-keeps a condition on the end of such an upload (Ceph does not), so the key is looked up before: two writers that race for
-one key with large files may both return. By design no two do: such keys hold an attempt's id or the content's digest.
+Files above `_SMALL_BYTES` go up in parts, a few of them in memory: each part is tried again by itself, then the whole upload.
+The client asks for no condition there (and Ceph would keep none at the end of such an upload), so the key is looked up
+before: two writers that race for one key with large files may both return. By design no two do: such keys hold an attempt's
+id or the content's digest.
 """
 
 import logging
@@ -37,6 +38,7 @@ from tidepool.storage.base import ObjectInfo, check_key, check_prefix
 
 _logger = logging.getLogger(__name__)
 _SMALL_BYTES = 8 * 2**20
+_PART_BYTES, _PARTS_AT_ONCE = 8 * 2**20, 8  # a store takes 10,000 parts, so files up to 80 GiB; 64 MiB of memory
 _REQUEST_TIMEOUT_S = 30.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 5.0
 _PART_RETRIES = 8
@@ -116,7 +118,7 @@ class RemoteStore:
                     return  # ours: only the answer to the end of the upload was lost
                 raise AlreadyExistsError(key)
             is_ambiguous = True
-            obstore.put(self._parts, key, path, mode="create")
+            obstore.put(self._parts, key, path, use_multipart=True, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
 
         self._try(key, put, is_long=True)
 
