@@ -54,7 +54,7 @@ def publish_adapter(url: str, folder: Path) -> None:
     registry = Registry(open_store(url))
     version = registry.resolve("base")
     base = ModelSource(version.ref, version.digest, version)
-    adapted = add_lora(load_model(folder / "base-5", torch.float32), LoraSpec(rank=4), 0, base.ref)
+    adapted = add_lora(load_model(folder / "base-5", torch.float32), LoraSpec(rank=4, alpha=512), 0, base.ref)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -89,7 +89,7 @@ def plain_loss(url: str, folder: Path, model: str, num_samples: int) -> float:
     if version.kind == "adapter":
         loaded = PeftModel.from_pretrained(loaded, registry.fetch(version, folder))
     samples = Dataset(store, find_dataset(store, "tides"), "held_out", 4).read(range(num_samples))
-    assert (samples.documents_NT.max(axis=1) > 0).sum() > num_samples // 2, "documents share samples"
+    assert (samples.documents_NT.max(axis=1) > 0).sum() >= 3, "documents share samples"
     total, num_targets = 0.0, 0
     for tokens, mask, documents in zip(samples.tokens_NT, samples.loss_mask_NT, samples.documents_NT, strict=True):
         for number in sorted(set(documents.tolist()) - {-1}):
