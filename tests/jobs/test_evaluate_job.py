@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from jobs import evaluate as job
-from tests.training.conftest import prepare_dataset, publish_base
-from tidepool.data import Dataset, fetch_tokenizer, find_dataset, prepare
+from tests.training.conftest import publish_base
+from tidepool.data import Dataset, DatasetInfo, fetch_tokenizer, find_dataset, prepare
 from tidepool.models import ModelSource, add_lora, export_adapter, load_model, load_tokenizer, train_tokenizer
 from tidepool.registry import Registry
 from tidepool.specs import DataSpec, LoraSpec, parse_spec
@@ -32,16 +33,28 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A store with the dataset `tides`, the model `base`, and the adapter `bot` on it."""
     folder = tmp_path_factory.mktemp("prepared")
     url = (folder / "store").as_uri()
-    publish_base(url, prepare_dataset(url, folder), folder)
+    lines = [line.strip() for line in Path(os.__file__).read_text().splitlines()]
+    tokenizer = train_tokenizer(lines, 320)
+    info = prepare_lines(url, folder, "tides", [line for line in lines if len(line) > 10], tokenizer)
+    publish_base(url, info, folder)
     publish_adapter(url, folder)
     return url
+
+
+def prepare_lines(url: str, folder: Path, name: str, lines: list[str], tokenizer: Any) -> DatasetInfo:
+    """A dataset of short documents, several of which share a sample."""
+    (folder / "lines.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    tokenizer.save_pretrained(folder / "tokenizer")
+    spec = {"store": url, "dataset": name, "tokenizer": {"train": {}}, "sequence_length": 32, "held_out_fraction": 0.2}
+    spec |= {"inputs": [{"path": str(folder / "lines.jsonl"), "format": "jsonl"}], "samples_per_row_group": 8}
+    return prepare(parse_spec(spec, DataSpec), load_tokenizer(folder / "tokenizer"), folder / "tokenizer", open_store(url))
 
 
 def publish_adapter(url: str, folder: Path) -> None:
     registry = Registry(open_store(url))
     version = registry.resolve("base")
     base = ModelSource(version.ref, version.digest, version)
-    adapted = add_lora(load_model(folder / "base-5", torch.float32), LoraSpec(rank=4), 0, base.ref)
+    adapted = add_lora(load_model(folder / "base-5", torch.float32), LoraSpec(rank=4, alpha=512), 0, base.ref)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in adapted.parameters():
@@ -76,6 +89,7 @@ def plain_loss(url: str, folder: Path, model: str, num_samples: int) -> float:
     if version.kind == "adapter":
         loaded = PeftModel.from_pretrained(loaded, registry.fetch(version, folder))
     samples = Dataset(store, find_dataset(store, "tides"), "held_out", 4).read(range(num_samples))
+    assert (samples.documents_NT.max(axis=1) > 0).sum() >= 3, "documents share samples"
     total, num_targets = 0.0, 0
     for tokens, mask, documents in zip(samples.tokens_NT, samples.loss_mask_NT, samples.documents_NT, strict=True):
         for number in sorted(set(documents.tolist()) - {-1}):
@@ -124,13 +138,10 @@ def foreign(url: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("foreign")
     store = open_store(url)
     num_tokens = len(load_tokenizer(fetch_tokenizer(store, find_dataset(store, "tides"), folder)))
-    (folder / "text.jsonl").write_text("".join(json.dumps({"text": f"ebb flood neap spring {n}"}) + "\n" for n in range(200)))
-    tokenizer = train_tokenizer([(folder / "text.jsonl").read_text()], num_tokens)
+    lines = [f"ebb flood neap spring {n}" for n in range(200)]
+    tokenizer = train_tokenizer(lines, num_tokens)
     assert len(tokenizer) == num_tokens
-    tokenizer.save_pretrained(folder / "tokenizer")
-    spec = {"store": url, "dataset": "foreign", "tokenizer": {"train": {}}, "sequence_length": 32, "held_out_fraction": 0.2}
-    spec |= {"inputs": [{"path": str(folder / "text.jsonl"), "format": "jsonl"}]}
-    return prepare(parse_spec(spec, DataSpec), tokenizer, folder / "tokenizer", store).name
+    return prepare_lines(url, folder, "foreign", lines, tokenizer).name
 
 
 @pytest.mark.parametrize(
