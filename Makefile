@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH := $(CURDIR):$(CURDIR)/platform
 export TIDEPOOL_STORE ?= file://$(CURDIR)/.tidepool/demo/store
 
-.PHONY: setup demo test test-unit lint up down models lock clean
+.PHONY: setup demo test test-s3 test-unit lint up down models lock clean
 
 setup: $(VENV)/.complete
 
@@ -24,6 +24,10 @@ demo: setup
 
 test: setup
 	@$(BIN)/python -m pytest
+
+# The same tests on a real Ceph RGW, which is installed from Debian's packages and started for them (root only).
+test-s3: setup
+	@$(BIN)/python -m pytest --s3 ceph tests/storage tests/checkpoint tests/registry tests/training/test_killed_run.py
 
 test-unit: setup
 	@$(BIN)/python -m pytest -m "not cluster"

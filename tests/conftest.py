@@ -2,10 +2,7 @@
 
 import logging
 import os
-import socket
-import subprocess
-import sys
-import time
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,11 +10,27 @@ from pathlib import Path
 import pytest
 
 import tidepool
+from tests.metadata import Metadata
+from tests.stores.ceph import Ceph, ceph
+from tests.stores.moto import moto
+from tests.stores.s3 import S3Server, is_ceph, set_environment
 from tidepool import local_cluster
 from tidepool.local_cluster import LocalCluster
 
 NAMESPACE = "tidepool"
-_START_TIMEOUT_S = 60
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--s3", choices=["moto", "ceph"], default="moto", help="the S3 server of the tests; ceph is a real one and needs root")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests out that need a real Ceph, where there is none."""
+    if is_ceph(config):
+        return
+    without = [item for item in items if item.get_closest_marker("ceph") is None]
+    config.hook.pytest_deselected(items=[item for item in items if item not in without])
+    items[:] = without
 
 
 @pytest.fixture(autouse=True)
@@ -31,54 +44,68 @@ def _logging() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a moto server of this session."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("moto") / "log"
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    try:
-        deadline = time.monotonic() + _START_TIMEOUT_S
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        process.kill()
-        process.wait()
+def ceph_cluster() -> Iterator[Ceph]:
+    """A Ceph cluster of this session, if it runs with `--s3 ceph`."""
+    with ceph() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def s3_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """The S3 server of this session."""
+    if is_ceph(request.config):
+        yield request.getfixturevalue("ceph_cluster").server
+        return
+    with moto(tmp_path_factory.mktemp("moto") / "log") as server:
+        yield server
 
 
 @pytest.fixture
-def s3_url(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A prefix of a new bucket at the moto server, with the environment that opens it."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "REGION": "us-east-1", "ENDPOINT_URL": s3_server}.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    import boto3
-
+def s3_url(s3_server: S3Server) -> Iterator[str]:
+    """A prefix of a new bucket at the S3 server, with the environment that opens it."""
     bucket = f"b{uuid.uuid4().hex}"
-    boto3.client("s3", region_name="us-east-1", endpoint_url=s3_server).create_bucket(Bucket=bucket)
-    return f"s3://{bucket}/some/prefix"
+    s3_server.create_bucket(bucket)
+    with pytest.MonkeyPatch.context() as monkeypatch:  # its own, as tests may undo theirs on the way
+        set_environment(monkeypatch, s3_server)
+        yield f"s3://{bucket}/some/prefix"
 
 
 @pytest.fixture(params=["file", "memory", "s3"])
 def any_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """An empty store of each kind."""
-    if request.param == "file":
-        return (tmp_path / "store").as_uri()
-    if request.param == "memory":
+    return _new_store_url(request, request.param, tmp_path)
+
+
+@pytest.fixture
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store for tests that need one of any kind: in memory, but with `--s3 ceph` there."""
+    return _new_store_url(request, "s3" if is_ceph(request.config) else "memory", tmp_path)
+
+
+@pytest.fixture
+def shared_store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store that other processes reach too: a directory, but with `--s3 ceph` there."""
+    return _new_store_url(request, "s3" if is_ceph(request.config) else "file", tmp_path)
+
+
+def _new_store_url(request: pytest.FixtureRequest, kind: str, folder: Path) -> str:
+    if kind == "file":
+        return (folder / "store").as_uri()
+    if kind == "memory":
         return f"memory://{uuid.uuid4().hex}"
     url: str = request.getfixturevalue("s3_url")
     return url
+
+
+@pytest.fixture
+def metadata() -> Iterator[Metadata]:
+    """A metadata service of this test."""
+    with Metadata() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The `tidepool` command: the registry, and a local cluster. Training is submitted with `ray job submit` (see jobs/).
+"""The `tidepool` command: the registry, checks of a store, and a local cluster. Training is submitted with `ray job submit` (see jobs/).
 
 Exit status: 0 done, 1 an error (one message says what to do), 2 a command line that makes no sense.
 """
@@ -14,6 +14,7 @@ from tidepool.errors import ClusterError, SpecError, TidepoolError
 from tidepool.registry import ModelVersion, Registry
 from tidepool.specs import STORE_VARIABLE
 from tidepool.storage import open_store
+from tidepool.store_commands import add_store_commands
 
 _CLUSTER_FILE = Path(".tidepool/cluster.json")
 _LOCAL_STORE = Path(".tidepool/store")
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tidepool {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_models(commands.add_parser("models", help="list, show, promote and roll back published models"))
+    add_store_commands(commands.add_parser("store", help="check that an object store is fit for commits"))
     up = commands.add_parser("up", help="start a Ray cluster on this machine and serve what is published in its store")
     _add_store(up, f"default: ${STORE_VARIABLE}, else a local directory, {_LOCAL_STORE}")
     up.add_argument("--num-cpus", type=int, default=4, help="logical CPUs: how many workers and replicas fit at a time (default: 4)")

@@ -8,7 +8,9 @@
     ├── StoreError                  the object store did not do what was asked
     │   ├── ObjectNotFoundError     no object at this key
     │   ├── ObjectExistsError       put-if-absent found one there
-    │   ├── StoreAccessError        wrong or missing credentials, or no permission
+    │   ├── StoreAccessError        wrong, expired or missing credentials, or no permission
+    │   ├── StoreFullError          no room, or a quota that is used up
+    │   ├── StoreUnfitError         an endpoint that breaks a promise which commits depend on
     │   └── StoreUnreachableError   no answer within the deadline
     ├── CheckpointError             no checkpoint can be written or read
     │   ├── CorruptCheckpointError  bytes that are not the ones committed
@@ -17,6 +19,7 @@
     │   └── AliasMovedError         somebody else moved the alias first
     ├── RunError                    a training run that cannot start or go on
     │   ├── SpecChangedError        a run name in use with another spec
+    │   ├── VersionSkewError        a node with other software than the driver's
     │   ├── NumericsError           a worker whose arithmetic would give other bits
     │   ├── NonFiniteError          a loss or gradient norm that is not a finite number
     │   └── WorkerLostError         workers died and the retries are used up
@@ -62,7 +65,15 @@ class ObjectExistsError(StoreError):
 
 
 class StoreAccessError(StoreError):
-    """Wrong or missing credentials, or no permission."""
+    """Wrong, expired or missing credentials, or no permission."""
+
+
+class StoreFullError(StoreError):
+    """No room in the store, or a quota of it that is used up."""
+
+
+class StoreUnfitError(StoreError):
+    """An endpoint that breaks a promise which commits depend on (see `storage.fitness`)."""
 
 
 class StoreUnreachableError(StoreError):
@@ -95,6 +106,10 @@ class RunError(TidepoolError):
 
 class SpecChangedError(RunError):
     """A run name in use with another spec."""
+
+
+class VersionSkewError(RunError):
+    """A node whose software is not the driver's."""
 
 
 class NumericsError(RunError):

@@ -32,7 +32,7 @@ from tidepool.errors import ClusterError
 from tidepool.specs import STORE_VARIABLE
 
 _START_TIMEOUT_S = 120
-_STOP_TIMEOUT_S = 8  # Ray itself waits 30 s for actors such as Serve's; nothing that was committed needs them to end well
+_STOP_TIMEOUT_S = 8  # nothing that was committed needs a process to end well
 _SERVE_TIMEOUT_S = 180
 _REQUEST_TIMEOUT_S = 30
 _POLL_S = 0.1
@@ -158,6 +158,7 @@ def stop(cluster: LocalCluster) -> None:
             if number == signal.SIGKILL or process.pid == cluster.pid:
                 _send(process, number)
         _, processes = psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
+    _started[:] = [process for process in _started if process.poll() is None]
     shutil.rmtree(cluster.temp_dir, ignore_errors=True)
 
 

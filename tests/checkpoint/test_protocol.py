@@ -1,7 +1,6 @@
 """The commit protocol on a store: whole or absent whatever dies when, verified, fought over, cleaned up."""
 
 import threading
-import uuid
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -9,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tidepool.checkpoint import Checkpoints, Commit, Incarnation, claim_incarnation, read_manifest, verify
+from tidepool.checkpoint import Checkpoints, Commit, Incarnation, RunLog, claim_incarnation, read_manifest, verify
 from tidepool.errors import CorruptCheckpointError, StoreError, SupersededError
 from tidepool.storage import ObjectStore, log_numbers, open_store
 
@@ -17,8 +16,8 @@ RUN = "r"
 
 
 @pytest.fixture
-def store() -> ObjectStore:
-    return open_store(f"memory://{uuid.uuid4().hex}")
+def store(store_url: str) -> ObjectStore:
+    return open_store(store_url)
 
 
 def state(step: int) -> dict[str, dict[str, torch.Tensor]]:
@@ -185,6 +184,36 @@ def test_a_commit_between_look_and_claim_is_not_lost(store: ObjectStore, monkeyp
     assert start(store)[1].base == made[0]
 
 
+@pytest.mark.parametrize("entry", ["claim", "commit"])
+def test_an_entry_that_comes_so_late_that_its_number_was_removed_counts_for_nobody(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, entry: str
+) -> None:
+    """The number that a stalled driver chose is taken by a commit, and free again once retention has removed that."""
+    old, _ = start(store)
+    put, made = store.put_if_absent, list[Commit]()
+
+    def others_go_first(key: str, data: bytes | Path) -> None:
+        if "/log/" not in key:
+            put(key, data)
+            return
+        monkeypatch.undo()
+        if entry == "commit":
+            put(key, data)  # it stands, but the answer is lost
+        writer = old if entry == "claim" else start(store)[0]
+        made.extend(writer.save(step, state(step), {}) for step in (11, 12, 13))
+        writer.retain(1)
+        put(key, data)  # its number is free again
+
+    monkeypatch.setattr(store, "put_if_absent", others_go_first)
+    if entry == "claim":
+        assert start(store)[1] == Incarnation(2, made[-1])
+    else:
+        with pytest.raises(SupersededError):
+            old.save(7, state(7), {})
+    assert RunLog(store, RUN).visible_commits() == made[2:]
+    assert start(store)[1].base == made[-1]
+
+
 def test_drivers_that_start_at_once_get_different_incarnations(any_store_url: str) -> None:
     store = open_store(any_store_url)
     commit = start(store)[0].save(1, state(1), {})
@@ -211,11 +240,15 @@ def test_retention_keeps_the_newest_and_removes_commits_before_data(store: Objec
     delete = store.delete
     monkeypatch.setattr(store, "delete", lambda key: (deleted.append(key), delete(key)))
     assert sorted(checkpoints.retain(2)) == sorted(commits[:3])
+    assert all(key.startswith(f"runs/{RUN}/log/") for key in deleted[:3])
     for commit in commits[:3]:
-        own = [key for key in deleted if commit.attempt in key]
-        assert deleted[deleted.index(own[0]) - 1].startswith(f"runs/{RUN}/log/")
-        assert len(own) == 3
-    for commit in commits[3:]:
+        assert len([key for key in deleted[3:] if commit.attempt in key]) == 3
+    checkpoints.save(6, state(6), {})
+    checkpoints.retain(2)
+    assert log_numbers(store, f"runs/{RUN}/log/") == [1, 6, 8, 9], "a claim, two commits and the newest removal are left"
+    commits = [*commits[:4], *RunLog(store, RUN).visible_commits()]
+    assert [commit.step for commit in commits] == [1, 2, 3, 4, 6, 5]
+    for commit in commits[4:]:
         verify(store, RUN, commit)
 
 

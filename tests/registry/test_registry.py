@@ -2,7 +2,6 @@
 
 import json
 import threading
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from tidepool.storage import ObjectStore, append, open_store
 
 
 @pytest.fixture
-def store() -> ObjectStore:
-    return open_store(f"memory://{uuid.uuid4().hex}")
+def store(store_url: str) -> ObjectStore:
+    return open_store(store_url)
 
 
 @pytest.fixture

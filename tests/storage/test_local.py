@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tidepool.errors import ObjectNotFoundError, StoreError
-from tidepool.storage import open_store
+from tidepool.errors import ObjectNotFoundError, StoreError, StoreFullError
+from tidepool.storage import local, open_store
 
 _WRITER = """
 import sys
@@ -89,9 +89,25 @@ def test_a_full_or_failing_disk_is_told_and_leaves_nothing(tmp_path: Path, monke
 
     store = open_store(tmp_path.as_uri())
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StoreError, match=r"k: No space left on device.*is it full"):
+    with pytest.raises(StoreFullError, match=r"is full: it refused k \(No space left on device\)"):
         store.put_if_absent("k", b"x")
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_folder_that_another_deleter_removed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync, store = local._sync_folder, open_store(tmp_path.as_uri())
+    for key in ("a/b/1", "a/b/2"):
+        store.put_if_absent(key, b"")
+
+    def remove_first(folder: Path) -> None:
+        monkeypatch.undo()
+        store.delete("a/b/2")
+        sync(folder)
+
+    monkeypatch.setattr(local, "_sync_folder", remove_first)
+    store.delete("a/b/1")
+    assert list(store.list("")) == []
+    assert not (tmp_path / "a").exists()
 
 
 def test_paths_with_spaces_and_accents(tmp_path: Path) -> None:

@@ -10,8 +10,15 @@ from typing import Any
 
 import pytest
 
-from tidepool.errors import ObjectExistsError, ObjectNotFoundError, StoreAccessError, StoreError, StoreUnreachableError
-from tidepool.storage import ObjectStore, append, open_store
+from tidepool.errors import (
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StoreAccessError,
+    StoreError,
+    StoreFullError,
+    StoreUnreachableError,
+)
+from tidepool.storage import ObjectStore, append, log, open_store
 
 Answer = tuple[int, bytes]
 
@@ -111,6 +118,7 @@ def test_a_conflict_that_is_not_decided_yet_is_asked_again(server: Server) -> No
 def test_an_append_whose_answer_was_lost_is_made_once(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     store = _store()
     monkeypatch.setattr(type(store), "list", lambda *_: iter(()))
+    monkeypatch.setattr(log, "require_fit", lambda _: None)  # its race would be answered instead
     server.answers = [(0, b""), (1, b"")]
     assert append(store, "log/", {"x": 1}).number == 1
     assert list(server.stored) == ["/bucket/log/1.json"]
@@ -126,6 +134,28 @@ def test_wrong_credentials_are_told_at_once_and_not_printed(server: Server, stat
             call()
         assert len(server.asked) == 1
         assert "secret-of-the-test" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "advice"),
+    [
+        (400, "ExpiredToken", "has ended: renew them"),
+        (403, "RequestTimeTooSkewed", "clock is not the store's"),
+        (403, "InvalidAccessKeyId", "AWS_SESSION_TOKEN"),
+    ],
+)
+def test_why_access_is_refused_is_told(server: Server, status: int, code: str, advice: str) -> None:
+    server.answers = [(status, f"<Error><Code>{code}</Code></Error>".encode())]
+    with pytest.raises(StoreAccessError, match=rf"\(status {status}, {code}\).*{advice}"):
+        _store().put_if_absent("k", b"")
+
+
+@pytest.mark.parametrize(("status", "code"), [(403, "QuotaExceeded"), (507, "InsufficientStorage")])
+def test_a_full_store_is_not_taken_for_wrong_credentials(server: Server, status: int, code: str) -> None:
+    server.answers = [(status, f"<Error><Code>{code}</Code></Error>".encode())]
+    with pytest.raises(StoreFullError, match=rf"is full: it refused k \({code}\).*make room"):
+        _store().put_if_absent("k", b"")
+    assert server.asked == ["PUT"]
 
 
 def test_a_missing_bucket_is_not_a_missing_object(server: Server) -> None:

@@ -3,6 +3,7 @@
 import random
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,16 @@ def test_deleting(store: ObjectStore) -> None:
     assert [info.key for info in store.list("")] == ["a/d"]
     store.put_if_absent("a/b/c", b"3")
     assert store.get("a/b/c") == b"3"
+
+
+def test_many_delete_what_lies_in_the_same_folders(store: ObjectStore) -> None:
+    for turn in range(5):
+        keys = [f"{turn}/a/b{number % 2}/{number}" for number in range(16)]
+        for key in keys:
+            store.put_if_absent(key, b"")
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(store.delete, keys))
+    assert list(store.list("")) == []
 
 
 @pytest.mark.parametrize("key", ["", "/a", "a/", "a//b", "a/../b", ".", "a/./b", "a b", "a~b", "ä", "a\\b", "a%2Fb"])

@@ -1,6 +1,6 @@
 """The commit protocol on an object store (the architecture's "The object store").
 
-    runs/<run>/log/<n>.json                                    claims and commits, in one order (see `history`)
+    runs/<run>/log/<n>.json                                    claims, commits and removals, in one order (see `history`)
     runs/<run>/checkpoints/<step>/<incarnation>-<attempt>/     data objects and manifest.json, never overwritten
 
 Invariants:
@@ -10,8 +10,8 @@ Invariants:
   computed. Bytes that differ raise `CorruptCheckpointError`, and the commit before counts instead.
 - A step that was reported as committed is in the history of every later incarnation, unless it is damaged. A writer whose
   incarnation is not the newest stops with `SupersededError`.
-- Retention removes a commit before its data; data without a commit is removed only when its incarnation is closed and
-  it is a day old.
+- Retention says in the log what it removes, then removes a commit before its data; data without a commit is removed only
+  when its incarnation is closed and it is a day old.
 
 Which steps are worth a checkpoint, and what is in one, is the caller's business.
 """
@@ -79,9 +79,9 @@ class Checkpoints:
 
     def _append(self, commit: Commit) -> None:
         while True:
-            number = max(self._read_own_log()) + 1
+            entries = self._read_own_log()
             try:
-                self._log.append(commit, number, {})
+                self._log.append(commit, {}, entries)
             except ObjectExistsError:
                 continue  # somebody else's entry: it says whether we may still commit
             return
@@ -98,16 +98,26 @@ class Checkpoints:
 
     def retain(self, keep: int) -> list[Commit]:
         """Remove all but the newest `keep` commits, commits beside the history, and old garbage; return those removed."""
-        entries = self._read_own_log()
-        commits = {number: entry for number, entry in entries.items() if isinstance(entry, Commit)}
-        kept = visible_commits(entries.values())[:keep]
-        removed = {number: commit for number, commit in commits.items() if commit not in kept}
-        for number, commit in removed.items():
-            self._log.remove(number)
+        entries, removed = self._remove_entries(keep)
+        for commit in removed:
             for info in list(self._store.list(_data_prefix(self._run, commit))):
                 self._store.delete(info.key)
-        self._remove_garbage({commit.name for commit in commits.values()})
-        return list(removed.values())
+        self._remove_garbage({entry.name for entry in entries.values() if isinstance(entry, Commit)})
+        return removed
+
+    def _remove_entries(self, keep: int) -> tuple[dict[int, Entry], list[Commit]]:
+        """The log as it was, and the commits that were taken out of it."""
+        while True:
+            entries = self._read_own_log()
+            kept = visible_commits(entries.values())[:keep]
+            removed = {number: entry for number, entry in entries.items() if isinstance(entry, Commit) and entry not in kept}
+            if not removed:
+                return entries, []
+            try:
+                self._log.remove(removed, entries)
+            except ObjectExistsError:
+                continue  # somebody else's entry: it says whether we may still remove
+            return entries, list(removed.values())
 
     def _remove_garbage(self, committed: set[str]) -> None:
         oldest = datetime.now(UTC) - _GARBAGE_AGE
@@ -165,7 +175,7 @@ def _claim(log: RunLog, run: str, damaged: set[Commit], details: Mapping[str, An
         base = next((commit for commit in visible_commits(entries.values()) if commit not in damaged), None)
         claim = Incarnation(newest_incarnation(entries.values()) + 1, base)
         try:
-            log.append(claim, max(entries, default=0) + 1, details)
+            log.append(claim, details, entries)
         except ObjectExistsError:
             continue
         return claim

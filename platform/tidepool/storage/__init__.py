@@ -2,15 +2,19 @@
 
 from tidepool.storage.base import ObjectInfo, ObjectStore
 from tidepool.storage.documents import get_json, put_json
+from tidepool.storage.fitness import Finding, check_fitness, endpoint, require_fit
 from tidepool.storage.folders import fill_folder
 from tidepool.storage.log import LogEntry, append, log_numbers, read_entry, read_last, read_log
 from tidepool.storage.urls import open_store
 
 __all__ = [
+    "Finding",
     "LogEntry",
     "ObjectInfo",
     "ObjectStore",
     "append",
+    "check_fitness",
+    "endpoint",
     "fill_folder",
     "get_json",
     "log_numbers",
@@ -19,4 +23,5 @@ __all__ = [
     "read_entry",
     "read_last",
     "read_log",
+    "require_fit",
 ]

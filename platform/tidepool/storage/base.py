@@ -3,7 +3,7 @@
 Invariants that every implementation keeps:
 - *Absent or whole*: an object becomes visible with all of its bytes, or not at all, whatever dies when.
 - *First writer wins*: of any number of concurrent `put_if_absent` calls for one key exactly one returns; the others
-  raise `ObjectExistsError`. There is no call that overwrites.
+  raise `ObjectExistsError`. There is no call that overwrites. (Large files are the exception: see `storage.remote`.)
 - *Read after write*: once a put has returned, every later `get`, `size` and `list` sees the object.
 
 A call that fails without an answer (`StoreUnreachableError`) may or may not have happened: a writer that must know

@@ -7,6 +7,7 @@ left are removed a day later.
 It asks the file system for hard links and for `link` to be atomic: local file systems and NFS have both.
 """
 
+import errno
 import os
 import shutil
 import time
@@ -17,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import quote, unquote
 
-from tidepool.errors import ObjectExistsError, ObjectNotFoundError, StoreAccessError, StoreError
+from tidepool.errors import ObjectExistsError, ObjectNotFoundError, StoreAccessError, StoreError, StoreFullError
 from tidepool.storage.base import ObjectInfo, check_key, check_prefix
 
 _TEMPORARY = "~tmp"
@@ -83,7 +84,10 @@ class LocalStore:
                     folder.rmdir()
                 except OSError:  # not empty, or gone by the hand of another deleter
                     break
-            _sync_folder(next(folder for folder in path.parents if folder.exists()))
+            for folder in path.parents:
+                with suppress(FileNotFoundError):  # removed as we removed ours, or by another deleter
+                    _sync_folder(folder)
+                    break
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
@@ -143,9 +147,12 @@ class LocalStore:
                 f"No permission for {error.filename or self.url}: give this user access, or use another store."
             ) from error
         except OSError as error:
-            raise StoreError(
-                f"{self.url} failed at {key}: {error.strerror or error}. Check the disk (is it full?) and try again."
-            ) from error
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreFullError(
+                    f"{self.url} is full: it refused {key} ({error.strerror}). What was committed is there; make room on its disk (delete "
+                    "old runs, lower checkpoint.keep) or have the quota raised, then submit again."
+                ) from error
+            raise StoreError(f"{self.url} failed at {key}: {error.strerror or error}. Check the disk and try again.") from error
 
     def _remove_old_temporaries(self) -> None:
         limit = time.time() - _TEMPORARY_AGE_S

@@ -3,6 +3,7 @@
 Invariants:
 - An entry never changes, and no two writers ever have the same number.
 - A writer whose answer was lost recognises its own entry by the `attempt` that it put in, and does not append twice.
+- Nothing is appended in a store whose endpoint lets two racing writers win (see `fitness`).
 """
 
 import uuid
@@ -13,6 +14,7 @@ from typing import Any
 from tidepool.errors import ObjectExistsError, ObjectNotFoundError, StoreError
 from tidepool.storage.base import ObjectStore
 from tidepool.storage.documents import get_json, put_json
+from tidepool.storage.fitness import require_fit
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ def append(store: ObjectStore, prefix: str, value: Mapping[str, Any], *, expecte
     """Append an entry and return it with its number, the lowest that is free.
 
     With `expected_number` it takes that number or raises `ObjectExistsError`: somebody else appended first.
+    Raises `StoreUnfitError`, `StoreError`.
     """
+    require_fit(store)
     document = {**value, "attempt": uuid.uuid4().hex}
     number = expected_number or max(log_numbers(store, prefix), default=0) + 1
     while True:

@@ -6,8 +6,10 @@ Invariants:
 - Every small call ends within the store's deadline, with an answer or with `StoreUnreachableError`.
 - A client that was carried across a fork would hang; it is refused instead.
 
-Files above `_SMALL_BYTES` go up in parts, and each part is tried again by itself; their keys are never written twice by
-design, so no condition is asked for that not every S3 server keeps for uploads in parts.
+Files above `_SMALL_BYTES` go up in parts, a few of them in memory: each part is tried again by itself, then the whole upload.
+The client asks for no condition there (and Ceph would keep none at the end of such an upload), so the key is looked up
+before: two writers that race for one key with large files may both return. By design no two do: such keys hold an attempt's
+id or the content's digest.
 """
 
 import logging
@@ -24,17 +26,31 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import MemoryStore, S3Store
 
-from tidepool.errors import ObjectExistsError, ObjectNotFoundError, StoreAccessError, StoreError, StoreUnreachableError
+from tidepool.errors import (
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StoreAccessError,
+    StoreError,
+    StoreFullError,
+    StoreUnreachableError,
+)
 from tidepool.storage.base import ObjectInfo, check_key, check_prefix
 from tidepool.storage.credentials import client_settings
 
 _logger = logging.getLogger(__name__)
 _SMALL_BYTES = 8 * 2**20
+_PART_BYTES, _PARTS_AT_ONCE = 8 * 2**20, 8  # a store takes 10,000 parts, so files up to 80 GiB; 64 MiB of memory
 _REQUEST_TIMEOUT_S = 30.0
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.1, 5.0
 _PART_RETRIES = 8
 _METADATA_HOST = "169.254.169.254"  # asked for credentials where the environment has none
 _STATUS = re.compile(r"status code: (\d{3})")
+_CODE = re.compile(r"<Code>(\w+)</Code>")
+_FULL_CODES = ("QuotaExceeded", "InsufficientStorage", "XMinioStorageFull")
+_ACCESS_ADVICE = {
+    "ExpiredToken": "the session of these credentials has ended: renew them and start this process again",
+    "RequestTimeTooSkewed": "this machine's clock is not the store's: set it (NTP)",
+}
 _ResultT = TypeVar("_ResultT")
 _memory: dict[str, MemoryStore] = {}
 
@@ -77,7 +93,7 @@ class RemoteStore:
         check_key(key)
         if isinstance(data, Path):
             if data.stat().st_size > _SMALL_BYTES:
-                self._try(key, lambda: obstore.put(self._parts, key, data, mode="create"), retry=False)
+                self._put_in_parts(key, data)
                 return
             data = data.read_bytes()
         content, is_ambiguous = data, False
@@ -94,6 +110,28 @@ class RemoteStore:
                 raise
 
         self._try(key, put)
+
+    def _put_in_parts(self, key: str, path: Path) -> None:
+        is_ambiguous = False
+
+        def put() -> None:
+            nonlocal is_ambiguous
+            if (found := self._find_size(key)) is not None:
+                if is_ambiguous and found == path.stat().st_size:
+                    return  # ours: only the answer to the end of the upload was lost
+                raise AlreadyExistsError(key)
+            is_ambiguous = True
+            obstore.put(self._parts, key, path, use_multipart=True, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+
+        self._try(key, put, is_long=True)
+
+    def _find_size(self, key: str) -> int | None:
+        try:
+            return int(obstore.head(self._once, key)["size"])
+        except FileNotFoundError as error:
+            if "NoSuchBucket" in str(error):
+                raise
+            return None
 
     def get(self, key: str, start: int = 0, length: int | None = None) -> bytes:
         check_key(key)
@@ -124,8 +162,8 @@ class RemoteStore:
         except ObjectNotFoundError:
             return
 
-    def _try(self, key: str, call: Callable[[], _ResultT], retry: bool = True) -> _ResultT:
-        """Make a call until it has an answer or the deadline has passed."""
+    def _try(self, key: str, call: Callable[[], _ResultT], is_long: bool = False) -> _ResultT:
+        """Make a call until it has an answer or the deadline has passed; that of a long one begins when it first fails."""
         if os.getpid() != self._pid:
             raise StoreError(
                 f"{self.url} was opened in another process: a client must not cross a fork. Open the store anew in each process."
@@ -137,7 +175,9 @@ class RemoteStore:
             except (BaseError, FileNotFoundError) as error:
                 mapped = self._map(error, key)
                 pause_s = backoff_s * random.uniform(0.5, 1.0)
-                if not retry or not isinstance(mapped, StoreUnreachableError) or time.monotonic() + pause_s >= deadline:
+                if is_long:
+                    deadline, is_long = time.monotonic() + self._deadline_s, False
+                if not isinstance(mapped, StoreUnreachableError) or time.monotonic() + pause_s >= deadline:
                     raise mapped from error
                 _logger.warning("trying %s in %s again: %s", key, self.url, _first_line(error))
             time.sleep(pause_s)
@@ -145,14 +185,15 @@ class RemoteStore:
 
     def _map(self, error: Exception, key: str) -> StoreError:
         text, where = str(error), key or "its list"
-        found = _STATUS.search(text)
-        status = int(found[1]) if found else None
-        if isinstance(error, UnauthenticatedError | PermissionDeniedError) or status in (401, 403) or _METADATA_HOST in text:
-            why = f"status {status}" if status else "no credentials"
-            return StoreAccessError(
-                f"{self.url} refused access to {where} ({why}): set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL, "
-                "if it is not AWS) on every node, with the right to read and write there."
+        status, code = _status_and_code(text)
+        if status == 507 or code in _FULL_CODES:
+            return StoreFullError(
+                f"{self.url} is full: it refused {where} ({code or status}). What was committed is there; make room (delete old runs, "
+                "lower checkpoint.keep) or have the quota raised, then submit again."
             )
+        is_refused = isinstance(error, UnauthenticatedError | PermissionDeniedError) or status in (401, 403)
+        if is_refused or code in _ACCESS_ADVICE or _METADATA_HOST in text:
+            return self._access_error(where, status, code)
         if _is_transient(error, status, text):
             return StoreUnreachableError(
                 f"{self.url} gave no answer for {where} within {self._deadline_s:g} s ({_first_line(error)}): check the network, "
@@ -168,9 +209,24 @@ class RemoteStore:
             return _StartsPastTheEndError(text)
         return StoreError(f"{self.url} failed at {where}: {_first_line(error)}")
 
+    def _access_error(self, where: str, status: int | None, code: str | None) -> StoreAccessError:
+        why = ", ".join(part for part in (f"status {status}" if status else "no credentials", code) if part)
+        advice = _ACCESS_ADVICE.get(
+            code or "",
+            "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_ENDPOINT_URL, if it is not AWS; AWS_SESSION_TOKEN, if the keys are "
+            "temporary and have not expired) on every node, with the right to read and write there",
+        )
+        return StoreAccessError(f"{self.url} refused access to {where} ({why}): {advice}.")
+
 
 class _StartsPastTheEndError(StoreError):
     """A range that starts where the object has ended. Caught in `get`."""
+
+
+def _status_and_code(text: str) -> tuple[int | None, str | None]:
+    """The HTTP status and S3's error code in what the client says of an answer, where it has them."""
+    status, code = _STATUS.search(text), _CODE.search(text)
+    return int(status[1]) if status else None, code[1] if code else None
 
 
 def _is_transient(error: Exception, status: int | None, text: str) -> bool:

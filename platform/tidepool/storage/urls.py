@@ -7,7 +7,7 @@ from tidepool.storage.base import ObjectStore
 from tidepool.storage.local import LocalStore
 from tidepool.storage.remote import memory_store, s3_store
 
-_DEADLINE_S = 60.0
+_DEADLINE_S = 90.0  # a store that is away for a minute costs a wait, not a run
 
 
 def open_store(url: str, deadline_s: float = _DEADLINE_S) -> ObjectStore:
