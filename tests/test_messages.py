@@ -271,3 +271,12 @@ def test_as_processes_all_jobs_end_with_the_message_and_status_1(url: str, tmp_p
         message = message_of(process)
         assert message.startswith(f"error: {job}.yaml cannot be used:")
         assert "did you mean `dataset`" in message
+
+
+def test_training_where_no_cluster_answers_says_how_to_get_one_and_begins_nothing(url: str, tmp_path: Path) -> None:
+    before = content(open_store(url))
+    address = f"127.0.0.1:{closed_port()}"
+    message = message_of(start_process("train", spec_of("train", url, tmp_path), tmp_path, RAY_ADDRESS=address))
+    assert f"No Ray cluster answers at {address} (RAY_ADDRESS). Start one with `make up`" in message
+    assert "ray job submit" in message
+    assert content(open_store(url)) == before

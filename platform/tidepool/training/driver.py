@@ -10,7 +10,9 @@ Invariants:
 """
 
 import logging
+import os
 import signal
+import socket
 import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
@@ -39,6 +41,7 @@ from tidepool.training.worker import Outcome, Task, read_result
 
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.5
+_CONNECT_TIMEOUT_S = 10
 _COLLECTIVE_TIMEOUT_S = 600
 
 
@@ -75,12 +78,11 @@ def _connection() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    _check_address()
     try:
         ray.init("auto", namespace=NAMESPACE, runtime_env={"py_modules": [tidepool.__path__[0]]}, log_to_driver=True)
     except ConnectionError as error:
-        raise ClusterError(
-            "No Ray cluster answers. Start one with `make up` (or `ray up cluster.yaml`), or submit with `ray job submit`."
-        ) from error
+        raise _no_cluster() from error
     except RuntimeError as error:
         if "Version mismatch" not in str(error):
             raise
@@ -91,6 +93,23 @@ def _connection() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()  # after this no line of a worker comes between ours
+
+
+def _check_address() -> None:
+    """Raises `ClusterError` if nothing listens at `RAY_ADDRESS`, where Ray itself would go on trying for minutes."""
+    host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
+    if not host or not port.isdigit() or "://" in host:  # none, or one that Ray itself looks up
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise _no_cluster(f" at {host}:{port} (RAY_ADDRESS)") from error
+
+
+def _no_cluster(where: str = "") -> ClusterError:
+    return ClusterError(
+        f"No Ray cluster answers{where}. Start one with `make up` (or `ray up cluster.yaml`), or submit with `ray job submit`."
+    )
 
 
 class Launcher:
