@@ -1,9 +1,11 @@
-"""A Ray cluster of this machine alone, on loopback: what `tidepool up`, the demo and the tests run on.
+"""A Ray cluster of this machine alone: what `tidepool up`, the demo and the tests run on.
 
 Invariants:
 - Every process is a descendant of the one `ray start --block` that was started here, and is ended by its pid; Ray
   clusters of other people on the machine are never touched (`ray stop` would end them too).
-- Its ports are free ones, and its temporary folder goes with it.
+- Its ports are free ones, and its temporary folder goes with it. Dashboard, job API and Serve listen on loopback. Ray's own
+  GCS and client server listen on all interfaces whatever they are told, without authentication: on a network that is not
+  trusted, put a firewall before them.
 - Its processes find the library, the Serve application and the store in their environment, as the nodes of
   `cluster.yaml` do.
 """
