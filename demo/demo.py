@@ -47,6 +47,7 @@ ADAPTER_MARGIN = 0.5
 """The adapter must be better than its base by at least this, on docstrings it has not seen."""
 _TIMEOUT_S = 900
 _POLL_S = 0.2
+_SAMPLING = {"temperature": 0.6, "seed": 1}  # a model this small, asked for the likeliest token each time, repeats itself
 
 
 class DemoError(Exception):
@@ -259,13 +260,13 @@ def _check_margin(name: str, result: dict[str, Any], margin: float) -> None:
 
 
 def _complete(cluster: LocalCluster, model: str) -> dict[str, str]:
-    prompt = "def read(self, size=-1):\n    "
-    return _ask(f"{cluster.api_url}/completions", {"model": model, "prompt": prompt, "max_tokens": 48, "temperature": 0}, prompt)
+    prompt = "def read(self, size=-1):\n"
+    return _ask(f"{cluster.api_url}/completions", {"model": model, "prompt": prompt, "max_tokens": 48, **_SAMPLING}, prompt)
 
 
 def _chat(cluster: LocalCluster, model: str) -> dict[str, str]:
     question = "def close(self)"
-    body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 48, "temperature": 0}
+    body = {"model": model, "messages": [{"role": "user", "content": question}], "max_tokens": 48, **_SAMPLING}
     return _ask(f"{cluster.api_url}/chat/completions", body, question)
 
 

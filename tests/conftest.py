@@ -1,5 +1,6 @@
 """What all tests share: an S3 server, and a Ray cluster for those marked `cluster`. Both start when first asked for."""
 
+import logging
 import os
 import uuid
 from collections.abc import Iterator
@@ -28,6 +29,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     without = [item for item in items if item.get_closest_marker("ceph") is None]
     config.hook.pytest_deselected(items=[item for item in items if item not in without])
     items[:] = without
+
+
+@pytest.fixture(autouse=True)
+def _logging() -> Iterator[None]:
+    """Undoes `configure_logging` after a test that runs a job in this process: its handler writes to that test's output."""
+    logger = logging.getLogger("tidepool")
+    before = logger.handlers[:], logger.level, logger.propagate
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[2]
+    logger.setLevel(before[1])
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,15 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from tidepool import local_cluster
 
 ROOT = Path(__file__).parents[1]
-LOCAL_ONLY = {"RAY_USAGE_STATS_ENABLED", "RAY_AUTH_MODE", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"}
-"""What a cluster of one machine needs beside: no reports, plain HTTP on loopback, GPUs left visible."""
+LOCAL_ONLY = {
+    "RAY_USAGE_STATS_ENABLED",
+    "RAY_AUTH_MODE",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S",
+}
+"""What a cluster of one machine needs beside: no reports, plain HTTP on loopback, GPUs left visible, an end at once."""
+NETWORK = ("NCCL_", "FI_")
+"""How variables of the nodes' network begin, which one machine does not need."""
 
 
 @pytest.fixture
@@ -44,7 +51,7 @@ def test_ray_accepts_it(config: dict[str, Any]) -> None:
         (lambda config: config.pop("head_node_type"), "head_node_type"),
         (lambda config: config.update(head_node_type="heads"), "head_node_type"),
         (lambda config: config["available_node_types"].pop("head"), "head_node_type"),
-        (lambda config: config["available_node_types"]["gpu_spot"].update(min_workers=17), "max_workers"),
+        (lambda config: config["available_node_types"]["gpu_spot"].update(min_workers=19), "max_workers"),
     ],
 )
 def test_ray_refuses_a_broken_copy(config: dict[str, Any], damage: Callable[[dict[str, Any]], Any], message: str) -> None:
@@ -82,6 +89,8 @@ def test_a_node_exports_what_a_local_cluster_gives_its_processes(
     (start,) = (command for command in config[f"{kind}_start_ray_commands"] if "ray start" in command)
     (exports,) = re.findall(r"export ([^;]*);", start)
     exported = dict(pair.split("=", 1) for pair in exports.split())
+    network = {name: exported.pop(name) for name in list(exported) if name.startswith(NETWORK)}
+    assert bool(network) == (kind == "worker")
     for name in list(os.environ):
         monkeypatch.delenv(name)
     local = local_cluster.environment("s3://BUCKET/PREFIX")
@@ -91,3 +100,26 @@ def test_a_node_exports_what_a_local_cluster_gives_its_processes(
     assert local.pop("PATH").split(":")[0] == str(Path(sys.executable).parent)
     assert local.pop("PYTHONPATH").replace(str(ROOT), folder) == exported.pop("PYTHONPATH")
     assert exported == {name: value for name, value in local.items() if name not in LOCAL_ONLY}
+
+
+def test_nodes_with_efa_can_use_it_and_spot_notices_are_watched_for_on_the_workers(config: dict[str, Any]) -> None:
+    efa = config["available_node_types"]["gpu_efa"]["node_config"]
+    assert {card["InterfaceType"] for card in efa["NetworkInterfaces"]} == {"efa", "efa-only"}
+    assert sorted(card["NetworkCardIndex"] for card in efa["NetworkInterfaces"]) == list(range(len(efa["NetworkInterfaces"])))
+    start = " ".join(config["worker_start_ray_commands"])
+    assert "FI_PROVIDER=efa" in start
+    assert "ulimit -l unlimited" in start, "EFA pins memory"
+    assert re.search(r"python -m tidepool\.spot_notice\s+--address=\$RAY_HEAD_IP:6379\b.*&$", start)
+    assert "spot_notice" not in " ".join(config["head_start_ray_commands"])
+
+
+def test_the_image_holds_what_the_nodes_need() -> None:
+    lines = (ROOT / "Containerfile").read_text().splitlines()
+    copied = [line.split()[1] for line in lines if line.startswith("COPY ")]
+    assert copied == ["requirements.lock", "platform", "jobs", "serve"]
+    assert all((ROOT / name).exists() for name in copied)
+    (base,) = (line for line in lines if line.startswith("FROM "))
+    version = tuple(int(part) for part in re.findall(r"python:(\d+)\.(\d+)", base)[0])
+    requires = re.findall(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', (ROOT / "pyproject.toml").read_text())[0]
+    assert (3, int(requires[0])) <= version < (3, int(requires[1]))
+    assert "RUN pip install --no-cache-dir -r /tmp/requirements.lock" in lines

@@ -19,6 +19,7 @@
     │   └── AliasMovedError         somebody else moved the alias first
     ├── RunError                    a training run that cannot start or go on
     │   ├── SpecChangedError        a run name in use with another spec
+    │   ├── VersionSkewError        a node with other software than the driver's
     │   ├── NumericsError           a worker whose arithmetic would give other bits
     │   ├── NonFiniteError          a loss or gradient norm that is not a finite number
     │   └── WorkerLostError         workers died and the retries are used up
@@ -105,6 +106,10 @@ class RunError(TidepoolError):
 
 class SpecChangedError(RunError):
     """A run name in use with another spec."""
+
+
+class VersionSkewError(RunError):
+    """A node whose software is not the driver's."""
 
 
 class NumericsError(RunError):

@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,12 +32,13 @@ from tidepool.errors import ClusterError
 from tidepool.specs import STORE_VARIABLE
 
 _START_TIMEOUT_S = 120
-_STOP_TIMEOUT_S = 30
+_STOP_TIMEOUT_S = 8  # nothing that was committed needs a process to end well
 _SERVE_TIMEOUT_S = 180
 _REQUEST_TIMEOUT_S = 30
 _POLL_S = 0.1
 _OBJECT_STORE_BYTES = 200 * 2**20
 _APPLICATION = "tidepool"
+_started: list[subprocess.Popen[bytes]] = []  # kept, or Python would warn of a process that outlives its handle, as it is meant to
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def environment(store_url: str) -> dict[str, str]:
         "RAY_JOB_STOP_WAIT_TIME_S": "60",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # what Serve has here can go nowhere: waiting for it costs 30 s
     }
 
 
@@ -101,11 +103,14 @@ def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False, f
     }
     command += [f"--{name}={value}" for name, value in (options if find_gpus else options | {"num-gpus": 0}).items()]
     log.parent.mkdir(parents=True, exist_ok=True)
+    # What a killed worker leaves in its temporary folder goes with the cluster's.
+    variables = environment(store_url) | {"TMPDIR": temp_dir}
     with log.open("wb") as output:
         # A session of its own, so that Ctrl-C in the terminal reaches us and not Ray.
         process = subprocess.Popen(
-            command, env=environment(store_url), stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+            command, env=variables, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )
+    _started.append(process)
     cluster = LocalCluster(process.pid, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", http, store_url, temp_dir)
     deadline = time.monotonic() + _START_TIMEOUT_S
     while not _answers(f"{cluster.dashboard_url}/api/version"):
@@ -133,8 +138,15 @@ def serve(cluster: LocalCluster, models: Sequence[str]) -> None:
         if state.get("status") == "RUNNING" and _answers(f"{cluster.api_url[: -len('/v1')]}/health"):
             return
         if state.get("status") in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > deadline:
-            raise ClusterError(f"The models {', '.join(models)} cannot be served: {state.get('status')} {state.get('message', '')}")
+            raise ClusterError(f"The models {', '.join(models)} cannot be served: {_reason(state)}")
         time.sleep(_POLL_S)
+
+
+def _reason(state: Mapping[str, Any]) -> str:
+    """What Serve says of an application that failed: an error of ours without the tracebacks around it, or all of it."""
+    message = str(state.get("message", ""))
+    _, is_ours, ours = message.rpartition("\ntidepool.errors.")
+    return ours.partition(": ")[2].strip() if is_ours else f"{state.get('status')} {message}"
 
 
 def stop(cluster: LocalCluster) -> None:
@@ -146,6 +158,7 @@ def stop(cluster: LocalCluster) -> None:
             if number == signal.SIGKILL or process.pid == cluster.pid:
                 _send(process, number)
         _, processes = psutil.wait_procs(processes, timeout=_STOP_TIMEOUT_S)
+    _started[:] = [process for process in _started if process.poll() is None]
     shutil.rmtree(cluster.temp_dir, ignore_errors=True)
 
 
@@ -161,14 +174,17 @@ def save(cluster: LocalCluster, path: Path) -> None:
 
 
 def load(path: Path) -> LocalCluster | None:
-    """The running cluster that was written down at `path`, None if there is none."""
+    """The running cluster that was written down at `path`, None if there is none; what one that died left is removed."""
     try:
         cluster = LocalCluster(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
         raise ClusterError(f"{path} is damaged ({error}): end the `ray start` process by hand and delete the file.") from error
-    return cluster if is_running(cluster) else None
+    if is_running(cluster):
+        return cluster
+    stop(cluster)
+    return None
 
 
 def _processes(cluster: LocalCluster) -> list[psutil.Process]:

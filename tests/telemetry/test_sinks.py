@@ -65,9 +65,8 @@ def test_without_values_nothing_is_stored_and_nothing_lies_around(store: ObjectS
 
 
 def test_a_store_that_refuses_is_logged_and_the_run_goes_on(
-    store: ObjectStore, tmp_path: Path, temporary: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    store: ObjectStore, tmp_path: Path, temporary: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("tidepool"), "propagate", True)  # to caplog, also after a test that configures logging
     is_up = False
 
     def put(key: str, path: Path) -> None:
@@ -101,8 +100,7 @@ def test_memory_keeps_the_values_as_they_were() -> None:
     assert sink.rows == [(1, {"loss": 2.0}), (2, {"loss": 1.0})]
 
 
-def test_a_line_of_the_log_has_the_step_and_the_values(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging.getLogger("tidepool"), "propagate", True)
+def test_a_line_of_the_log_has_the_step_and_the_values(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="tidepool"):
         LogSink().record(7, {"loss": 2.5, "targets_per_s": 1e5})
         LogSink().flush()

@@ -23,7 +23,7 @@ from tidepool.storage import ObjectStore, open_store
 from tidepool.training.ray_worker import NAMESPACE, coordinator_name
 from tidepool.training.worker import read_result
 
-pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore::ResourceWarning")]
+pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240
 

@@ -35,6 +35,7 @@ from tidepool.errors import (
     StoreUnreachableError,
 )
 from tidepool.storage.base import ObjectInfo, check_key, check_prefix
+from tidepool.storage.credentials import client_settings
 
 _logger = logging.getLogger(__name__)
 _SMALL_BYTES = 8 * 2**20
@@ -62,12 +63,14 @@ def memory_store(name: str) -> "RemoteStore":
 
 def s3_store(bucket: str, prefix: str, deadline_s: float) -> "RemoteStore":
     """A bucket (or a prefix in one) at AWS or at `AWS_ENDPOINT_URL`."""
+    settings = client_settings()
     timeout = timedelta(seconds=min(_REQUEST_TIMEOUT_S, deadline_s))
 
     def client(retries: int) -> S3Store:
         return S3Store(
             bucket,
             prefix=prefix or None,
+            **settings,
             client_options={"allow_http": True, "timeout": timeout, "connect_timeout": min(timeout, timedelta(seconds=5))},
             retry_config={"max_retries": retries, "retry_timeout": timedelta(seconds=max(deadline_s, _REQUEST_TIMEOUT_S))},
         )

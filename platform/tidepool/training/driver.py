@@ -13,7 +13,7 @@ import logging
 import signal
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -34,6 +34,7 @@ from tidepool.training.coordinator import Coordinator
 from tidepool.training.pins import read_pins, resolve
 from tidepool.training.ray_worker import NAMESPACE, coordinator_name, train_worker
 from tidepool.training.restarts import Failure, give_up
+from tidepool.training.versions import installed_versions
 from tidepool.training.worker import Outcome, Task, read_result
 
 _logger = logging.getLogger(__name__)
@@ -80,6 +81,12 @@ def _connection() -> Iterator[None]:
         raise ClusterError(
             "No Ray cluster answers. Start one with `make up` (or `ray up cluster.yaml`), or submit with `ray job submit`."
         ) from error
+    except RuntimeError as error:
+        if "Version mismatch" not in str(error):
+            raise
+        raise ClusterError(
+            f"This driver does not fit the cluster: use the environment that its nodes were started from. {error}"
+        ) from error
     try:
         yield
     finally:
@@ -87,7 +94,10 @@ def _connection() -> Iterator[None]:
 
 
 class Launcher:
-    """Holds one `fit()`; made an actor of its own for each incarnation."""
+    """Holds one `fit()`; made an actor of its own for each incarnation. `versions` are those of the driver."""
+
+    def __init__(self, versions: Mapping[str, str]) -> None:
+        self._versions = versions
 
     def fit(self, task: Task) -> Failure | None:
         """Run one incarnation to its end; returns how it failed, None if it did not."""
@@ -96,7 +106,7 @@ class Launcher:
         with tempfile.TemporaryDirectory(prefix="tidepool-train-") as folder:
             trainer = TorchTrainer(
                 train_worker,
-                train_loop_config={"task": task},
+                train_loop_config={"task": task, "versions": self._versions},
                 scaling_config=_scaling(workers),
                 torch_config=TorchConfig(backend="nccl" if workers.gpus_per_worker else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
                 run_config=RunConfig(
@@ -113,7 +123,7 @@ class Launcher:
 def _run_incarnation(task: Task, coordinator: ActorHandle, stop: "_StopSignal") -> Failure | None:
     """Run one incarnation; returns how it failed, None if it ended well or was stopped before it began."""
     _report_waiting(task.spec.workers)
-    launcher = ray.remote(num_cpus=0)(Launcher).remote()
+    launcher = ray.remote(num_cpus=0)(Launcher).remote(installed_versions())
     pending = launcher.fit.remote(task)
     asked = False
     try:

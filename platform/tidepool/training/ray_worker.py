@@ -14,6 +14,7 @@ import tidepool
 from tidepool.telemetry import configure_logging
 from tidepool.training.coordinator import Heartbeat
 from tidepool.training.group import Group, LocalGroup, ProcessGroup
+from tidepool.training.versions import check_versions, installed_versions
 from tidepool.training.worker import Task, run_task
 
 NAMESPACE = "tidepool"
@@ -25,8 +26,10 @@ def coordinator_name(run: str) -> str:
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
-    """`config["task"]` is the `Task`. Reports the outcome to the run's coordinator."""
+    """`config` has the `task` and the driver's `versions`. Reports the outcome to the run's coordinator."""
     configure_logging()
+    node = f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()})"
+    check_versions(config["versions"], installed_versions(), node)
     task: Task = config["task"]
     coordinator = ray.get_actor(coordinator_name(task.spec.run), NAMESPACE)
     context = ray.train.get_context()

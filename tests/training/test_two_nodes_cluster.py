@@ -1,0 +1,177 @@
+"""How the library reaches the workers, on two nodes: the second one has nothing of ours but the dependencies.
+
+The decision: `ray job submit --working-dir .` brings the repository to the driver, the driver ships the library it runs
+from to its workers (`py_modules`). The environment of these tests has the library installed too, so that the test looks
+at where each worker's copy lies.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+import tidepool
+from tests.training.conftest import make_run, prepare_dataset, publish_base
+from tidepool import local_cluster
+from tidepool.local_cluster import LocalCluster
+from tidepool.storage import open_store
+from tidepool.training.worker import read_result
+
+pytestmark = pytest.mark.cluster
+ROOT = Path(__file__).parents[2]
+TIMEOUT_S = 240
+RUN = "two-nodes"
+
+# In a process of its own: this one may be connected to the session's cluster.
+WATCH = """
+import json, sys, time, ray
+address, name, num_workers, timeout_s = sys.argv[1], sys.argv[2], int(sys.argv[3]), float(sys.argv[4])
+ray.init(address, namespace="tidepool", logging_level="ERROR", log_to_driver=False)
+deadline = time.monotonic() + timeout_s
+while time.monotonic() < deadline:
+    try:
+        workers = ray.get(ray.get_actor(name).status.remote())["workers"]
+    except (ValueError, ray.exceptions.RayActorError):
+        workers = []
+    if len(workers) == num_workers and min(worker["step"] for worker in workers) >= 1:
+        print(json.dumps({"workers": workers, "nodes": ray.nodes()}))
+        break
+    time.sleep(0.05)
+"""
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """End a process and all that it started, by their pids."""
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)] if process.poll() is None else []
+    process.terminate()
+    _, left = psutil.wait_procs(family, timeout=20)
+    for one in left:
+        one.kill()
+    process.wait()
+    psutil.wait_procs(left, timeout=20)
+
+
+@contextmanager
+def second_node(cluster: LocalCluster, num_cpus: int) -> Iterator[Path]:
+    """A node without the library on its path, in a folder of its own; its address is another one of loopback."""
+    folder = Path(tempfile.mkdtemp(prefix="tidepool-second-"))  # Ray's sockets need a short path
+    ours = ("PYTHONPATH", "TIDEPOOL_STORE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
+    environment = {name: value for name, value in local_cluster.environment("file:///nowhere").items() if name not in ours}
+    environment["TIDEPOOL_CACHE"] = str(folder / "cache")
+    options = {"address": cluster.address, "node-ip-address": "127.0.0.2", "num-cpus": num_cpus, "num-gpus": 0}
+    options |= {"object-store-memory": 100 * 2**20, "temp-dir": str(folder / "ray"), "dashboard-agent-listen-port": free_port()}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    with (folder / "ray.log").open("wb") as output:
+        process = subprocess.Popen(
+            [*command, *(f"--{name}={value}" for name, value in options.items())],
+            env=environment,
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+        )
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while "This command will now block" not in (folder / "ray.log").read_text():
+            assert process.poll() is None, (folder / "ray.log").read_text()
+            assert time.monotonic() < deadline, (folder / "ray.log").read_text()
+            time.sleep(0.1)
+        yield folder
+    finally:
+        end(process)
+        shutil.rmtree(folder)
+
+
+def free_port() -> int:
+    return local_cluster._free_ports([0])[0]
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCluster]:
+    """A head with room for one worker; metrics leave the workers every second."""
+    monkeypatch.setenv("RAY_metrics_report_interval_ms", "1000")
+    monkeypatch.setenv("TIDEPOOL_CACHE", str(tmp_path / "head-cache"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    running = local_cluster.start((tmp_path / "store").as_uri(), num_cpus=1, log=tmp_path / "head.log")
+    try:
+        yield running
+    finally:
+        local_cluster.stop(running)
+
+
+def submit(cluster: LocalCluster, spec: Path, log: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--"]
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [*command, "python", "jobs/train.py", str(spec)], cwd=ROOT, env=cluster.environment, stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def watch(cluster: LocalCluster, num_workers: int) -> dict[str, Any]:
+    """The run's heartbeats once all workers have taken a step, and the cluster's nodes."""
+    command = [sys.executable, "-c", WATCH, cluster.address, f"tidepool-run-{RUN}", str(num_workers), str(TIMEOUT_S)]
+    done = subprocess.run(command, env=cluster.environment, capture_output=True, text=True, timeout=TIMEOUT_S + 60, check=True)
+    seen: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return seen
+
+
+def exported(nodes: list[dict[str, Any]], name: str) -> list[str]:
+    """The lines of a metric at all nodes' export endpoints."""
+    lines = []
+    for node in nodes:
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            lines += [line for line in answer.read().decode().splitlines() if re.match(rf"(ray_)?{name}\b", line)]
+    return lines
+
+
+def test_a_submitted_run_uses_its_own_library_on_every_node_and_its_metrics_reach_ray(cluster: LocalCluster, tmp_path: Path) -> None:
+    publish_base(cluster.store_url, prepare_dataset(cluster.store_url, tmp_path / "prepared"), tmp_path / "prepared")
+    training = {"steps": 200, "evaluate_every_steps": 200}
+    spec = make_run(cluster.store_url, RUN, training=training, workers={"num_workers": 3}, checkpoint={"every_steps": 100})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    log = tmp_path / "job.log"
+    with second_node(cluster, num_cpus=2) as second:
+        job = submit(cluster, tmp_path / "run.yaml", log)
+        try:
+            seen = watch(cluster, num_workers=3)
+            deadline = time.monotonic() + TIMEOUT_S
+            while not (lines := exported(seen["nodes"], "tidepool_train_loss")):
+                assert job.poll() is None, "the run ended before its metrics were seen\n" + log.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.2)
+            assert job.wait(TIMEOUT_S) == 0, log.read_text()
+        finally:
+            end(job)
+    result = read_result(open_store(cluster.store_url), RUN)
+    assert result is not None
+    assert result["steps"] == 200
+
+    (second_id,) = (node["NodeID"] for node in seen["nodes"] if node["NodeManagerAddress"] == "127.0.0.2")
+    on_second = [worker["node_id"] == second_id for worker in seen["workers"]]
+    assert sorted(on_second) == [False, True, True]
+    for worker, is_on_second in zip(seen["workers"], on_second, strict=True):
+        library = Path(worker["library"])
+        folder = second if is_on_second else Path(cluster.temp_dir)
+        assert library.is_relative_to(folder), "the shipped copy, unpacked on the worker's own node"
+        assert library.name == "tidepool"
+        assert library != Path(tidepool.__path__[0])
+
+    assert any(f'run="{RUN}"' in line for line in lines), lines
+    assert all(float(line.rpartition(" ")[2]) > 0 for line in lines), lines
+
+    local_cluster.stop(cluster)
+    assert not Path(cluster.temp_dir).exists()
+    assert not [one for one in psutil.process_iter(["cmdline"]) if cluster.temp_dir in " ".join(one.info["cmdline"] or [])]
