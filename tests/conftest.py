@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import tidepool
+from tests.metadata import Metadata
 from tests.stores.ceph import Ceph, ceph
 from tests.stores.moto import moto
 from tests.stores.s3 import S3Server, is_ceph, set_environment
@@ -93,6 +95,17 @@ def _new_store_url(request: pytest.FixtureRequest, kind: str, folder: Path) -> s
         return f"memory://{uuid.uuid4().hex}"
     url: str = request.getfixturevalue("s3_url")
     return url
+
+
+@pytest.fixture
+def metadata() -> Iterator[Metadata]:
+    """A metadata service of this test."""
+    with Metadata() as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
 
 
 @pytest.fixture(scope="session")

@@ -1,63 +1,14 @@
 """A spot instance's notice, from the metadata service to Ray's command."""
 
 import json
-import threading
-from collections.abc import Iterator
 from datetime import UTC, datetime
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from tests.metadata import Metadata
 from tidepool.spot_notice import ask, seconds_left
 
 NOW = datetime(2026, 1, 31, 12, 0, 0, tzinfo=UTC)
-
-
-class Metadata(ThreadingHTTPServer):
-    """AWS's IMDSv2, as far as it speaks of spot instances: no answer without a token."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.notice: str | None = None
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Metadata
-
-    def do_PUT(self) -> None:
-        is_token = self.path == "/latest/api/token" and self.headers["X-aws-ec2-metadata-token-ttl-seconds"]
-        self._answer(200 if is_token else 400, "secret-token")
-
-    def do_GET(self) -> None:
-        if self.headers["X-aws-ec2-metadata-token"] != "secret-token":
-            self._answer(401, "")
-        elif self.path != "/latest/meta-data/spot/instance-action" or self.server.notice is None:
-            self._answer(404, "")
-        else:
-            self._answer(200, self.server.notice)
-
-    def _answer(self, status: int, text: str) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Nothing: pytest shows what matters."""
-
-
-@pytest.fixture
-def metadata() -> Iterator[Metadata]:
-    with Metadata() as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 def test_nothing_is_heard_until_there_is_a_notice(metadata: Metadata) -> None:

@@ -21,10 +21,13 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from ray._raylet import GcsClient
 
 import tidepool
+from tests.metadata import Metadata
 from tests.training.conftest import make_run, prepare_dataset, publish_base
 from tidepool import local_cluster
+from tidepool.checkpoint import RunLog
 from tidepool.local_cluster import LocalCluster
 from tidepool.storage import open_store
 from tidepool.training.worker import read_result
@@ -64,12 +67,17 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 @contextmanager
-def second_node(cluster: LocalCluster, num_cpus: int) -> Iterator[Path]:
-    """A node without the library on its path, in a folder of its own; its address is another one of loopback."""
+def second_node(cluster: LocalCluster, num_cpus: int, packages: Path | None = None) -> Iterator[Path]:
+    """A node without the library on its path, in a folder of its own; its address is another one of loopback.
+
+    `packages` is a folder of packages that it finds before those of the environment.
+    """
     folder = Path(tempfile.mkdtemp(prefix="tidepool-second-"))  # Ray's sockets need a short path
     ours = ("PYTHONPATH", "TIDEPOOL_STORE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
     environment = {name: value for name, value in local_cluster.environment("file:///nowhere").items() if name not in ours}
     environment["TIDEPOOL_CACHE"] = str(folder / "cache")
+    if packages is not None:
+        environment["PYTHONPATH"] = str(packages)
     options = {"address": cluster.address, "node-ip-address": "127.0.0.2", "num-cpus": num_cpus, "num-gpus": 0}
     options |= {"object-store-memory": 100 * 2**20, "temp-dir": str(folder / "ray"), "dashboard-agent-listen-port": free_port()}
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
@@ -117,6 +125,13 @@ def submit(cluster: LocalCluster, spec: Path, log: Path) -> "subprocess.Popen[by
         return subprocess.Popen(
             [*command, "python", "jobs/train.py", str(spec)], cwd=ROOT, env=cluster.environment, stdout=output, stderr=subprocess.STDOUT
         )
+
+
+def nodes(cluster: LocalCluster) -> dict[str, dict[str, Any]]:
+    """The cluster's nodes by address."""
+    with urllib.request.urlopen(f"{cluster.dashboard_url}/api/v0/nodes?detail=1", timeout=30) as answer:
+        listed = json.loads(answer.read())["data"]["result"]["result"]
+    return {node["node_ip"]: node for node in listed}
 
 
 def watch(cluster: LocalCluster, num_workers: int) -> dict[str, Any]:
@@ -175,3 +190,33 @@ def test_a_submitted_run_uses_its_own_library_on_every_node_and_its_metrics_reac
     local_cluster.stop(cluster)
     assert not Path(cluster.temp_dir).exists()
     assert not [one for one in psutil.process_iter(["cmdline"]) if cluster.temp_dir in " ".join(one.info["cmdline"] or [])]
+
+
+def test_a_node_with_other_software_is_named_and_a_spot_notice_drains_one(
+    cluster: LocalCluster, tmp_path: Path, metadata: Metadata
+) -> None:
+    publish_base(cluster.store_url, prepare_dataset(cluster.store_url, tmp_path / "prepared"), tmp_path / "prepared")
+    spec = make_run(cluster.store_url, RUN, workers={"num_workers": 3})
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
+    other = tmp_path / "packages" / "peft-0.0.1.dist-info"
+    other.mkdir(parents=True)
+    (other / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
+    with second_node(cluster, num_cpus=2, packages=tmp_path / "packages"):
+        node_id = nodes(cluster)["127.0.0.2"]["node_id"]
+        job = submit(cluster, tmp_path / "run.yaml", tmp_path / "job.log")
+        try:
+            assert job.wait(TIMEOUT_S) == 1
+        finally:
+            end(job)
+        output = (tmp_path / "job.log").read_text()
+        assert f"error: Node 127.0.0.2 ({node_id}) has other software than the driver's node; driver -> node:\n" in output
+        assert re.search(r"^  peft: \d+\.\d+\.\d+ -> 0\.0\.1$", output, re.MULTILINE)
+        assert RunLog(open_store(cluster.store_url), RUN).newest_incarnation() == 1, "nobody started the workers again"
+
+        metadata.notice = json.dumps({"action": "terminate", "time": "2199-01-01T00:00:00Z"})
+        command = [sys.executable, "-m", "tidepool.spot_notice", f"--address={cluster.address}", f"--node-id={node_id}"]
+        environment = cluster.environment | {"AWS_EC2_METADATA_SERVICE_ENDPOINT": metadata.url}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        assert done.returncode == 0, done.stderr
+        draining = GcsClient(address=cluster.address).get_draining_nodes()
+        assert {id.hex() if hasattr(id, "hex") else id for id in draining} == {node_id}
