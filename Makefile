@@ -27,7 +27,7 @@ test: setup
 
 # The same tests on a real Ceph RGW, which is installed from Debian's packages and started for them (root only).
 test-s3: setup
-	@$(BIN)/python -m pytest --s3 ceph tests/storage tests/checkpoint tests/registry tests/training/test_killed_run.py
+	@$(BIN)/python -m pytest --s3 ceph tests/stores tests/storage tests/checkpoint tests/registry tests/training/test_killed_run.py
 
 test-unit: setup
 	@$(BIN)/python -m pytest -m "not cluster"

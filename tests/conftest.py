@@ -109,12 +109,18 @@ def metadata() -> Iterator[Metadata]:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """The Ray cluster of this session, with a store in a local directory; this process is connected to it."""
+def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """The Ray cluster of this session, with a store in a local directory, or with `--s3 ceph` there; this process is connected to it."""
     import ray
 
     folder = tmp_path_factory.mktemp("cluster")
-    running = local_cluster.start((folder / "store").as_uri(), num_cpus=4, log=folder / "ray.log")
+    url = (folder / "store").as_uri()
+    if is_ceph(request.config):
+        server, bucket = request.getfixturevalue("s3_server"), f"b{uuid.uuid4().hex}"
+        server.create_bucket(bucket)
+        os.environ.update(server.environment)  # for the cluster's processes, which inherit it, and for the rest of the session
+        url = f"s3://{bucket}/cluster"
+    running = local_cluster.start(url, num_cpus=4, log=folder / "ray.log")
     try:
         os.environ.update({"RAY_ADDRESS": running.address, "RAY_AUTH_MODE": "disabled"})
         ray.init(running.address, namespace=NAMESPACE, log_to_driver=False, runtime_env={"py_modules": [tidepool.__path__[0]]})

@@ -205,14 +205,14 @@ def broken(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> t
         messages = ["refused access to", "status 403", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"]
         endpoint = f"http://127.0.0.1:{request.getfixturevalue('server').server_port}"
     elif request.param == "is away":
-        # The deadline of a job is a minute; here the same store is opened with a short one.
+        # The deadline of a job is a minute and a half; here the same store is opened with a short one.
         for module in (prepare, evaluate, driver):
             monkeypatch.setattr(module, "open_store", lambda url: open_store(url, WAIT_S))
         messages = ["gave no answer for", f"within {WAIT_S:g} s", "check the network, AWS_ENDPOINT_URL, and that the store is up"]
         endpoint = f"http://127.0.0.1:{closed_port()}"
     else:
         messages = ["There is no bucket for s3://", "make it first, or correct the name"]
-        endpoint = request.getfixturevalue("s3_server")
+        endpoint = request.getfixturevalue("s3_server").endpoint_url
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in {"ACCESS_KEY_ID": "somebody", "SECRET_ACCESS_KEY": "s3cret-of-the-test", "REGION": "us-east-1"}.items():

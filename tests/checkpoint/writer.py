@@ -3,10 +3,12 @@
 It says on a pipe what it knows as done: a line `committed <step>` as soon as a commit was reported, `retained` at the end.
 """
 
+import io
 import os
 import signal
 import sys
 from multiprocessing.connection import Connection
+from typing import Any
 
 import torch
 
@@ -37,9 +39,12 @@ def write(url: str, run: str, environment: dict[str, str], done: Connection) -> 
 
 
 def write_and_die(url: str, run: str, at_operation: int, done: Connection) -> None:
-    """As `write` in a local directory, but killed by itself right before its n-th operation on files there (from 0)."""
+    """As `write` in a local directory, but killed by itself right before its n-th operation on files there (from 0).
+
+    A file that was opened to be written counts once more before anything is written to it.
+    """
     root, count = url.removeprefix("file://"), 0
-    fsync = os.fsync
+    fsync, open_file = os.fsync, io.open
 
     def operate() -> None:
         nonlocal count
@@ -55,7 +60,13 @@ def write_and_die(url: str, run: str, at_operation: int, done: Connection) -> No
         operate()
         fsync(descriptor)
 
+    def counted_open(path: Any, mode: str = "r", *arguments: Any) -> Any:
+        file = open_file(path, mode, *arguments)
+        if not mode.startswith("r") and str(path).startswith(root):
+            operate()
+        return file
+
     sys.addaudithook(audit)
-    os.fsync = counted_fsync
+    os.fsync, io.open = counted_fsync, counted_open
     write(url, run, {}, done)
     done.send(f"operations {count}")

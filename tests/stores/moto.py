@@ -1,4 +1,7 @@
-"""moto's S3 server, a stand-in: it keeps conditional puts, but takes any keys and forgets all when it ends."""
+"""moto's S3 server, a stand-in: it takes any keys, and forgets all when it ends.
+
+It looks whether a key exists and writes after, so that of two puts at once both may win: it is given one request at a time.
+"""
 
 import socket
 import subprocess
@@ -11,6 +14,19 @@ from pathlib import Path
 from tests.stores.s3 import S3Server
 
 _START_TIMEOUT_S = 60
+_SERVER = """
+import sys, threading
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+
+application, lock = DomainDispatcherApplication(create_backend_app), threading.Lock()
+
+def one_at_a_time(environ, start_response):
+    with lock:
+        return [b"".join(application(environ, start_response))]
+
+run_simple("127.0.0.1", int(sys.argv[1]), one_at_a_time, threaded=True)
+"""
 
 
 @contextmanager
@@ -19,7 +35,7 @@ def moto(log: Path) -> Iterator[S3Server]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-c", _SERVER, str(port)]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
     try:
