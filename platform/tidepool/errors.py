@@ -10,6 +10,7 @@
     │   ├── ObjectExistsError       put-if-absent found one there
     │   ├── StoreAccessError        wrong or missing credentials, or no permission
     │   └── StoreUnreachableError   no answer within the deadline
+    ├── DiskError                   a disk of this machine that is full or cannot be written
     ├── CheckpointError             no checkpoint can be written or read
     │   ├── CorruptCheckpointError  bytes that are not the ones committed
     │   └── SupersededError         another driver has taken the run over
@@ -67,6 +68,10 @@ class StoreAccessError(StoreError):
 
 class StoreUnreachableError(StoreError):
     """No answer from the store within the deadline."""
+
+
+class DiskError(TidepoolError):
+    """A disk of this machine that is full or cannot be written: the cache of models, or temporary files."""
 
 
 class CheckpointError(TidepoolError):

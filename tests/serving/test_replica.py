@@ -198,6 +198,22 @@ def test_requests_at_one_time_share_one_load(published: Published, tmp_path: Pat
     assert "leaves" not in {request.request_id for request in engine.requests}
 
 
+def test_an_adapter_that_is_loaded_holds_no_place_in_the_nodes_cache(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDEPOOL_CACHE_GB", "1e-9")  # one byte: what nobody uses goes as soon as something else comes
+    engine = FakeEngine()
+    replica = replica_of(engine, published, tmp_path / "cache")
+
+    async def ask_for_both() -> None:
+        for adapter in published.adapters:
+            assert [frame async for frame in replica.generate(call_of(published, adapter=adapter))]
+
+    asyncio.run(ask_for_both())
+    assert engine.loads == [adapter.digest for adapter in published.adapters]
+    assert [path.name for path in (tmp_path / "cache").glob("[!.]*")] == engine.loads[-1:]
+
+
 def test_a_load_that_failed_is_tried_again(published: Published, tmp_path: Path) -> None:
     engine, adapter = FakeEngine(), published.adapters[0]
 
