@@ -13,7 +13,7 @@ from tests.serving.models import Published
 from tidepool.errors import BaseMismatchError, EngineBusyError, ModelError, RequestError
 from tidepool.inference.engine import EngineStats, GenerationRequest, Output
 from tidepool.models import ModelSource
-from tidepool.registry import ModelVersion, Registry
+from tidepool.registry import FileEntry, ModelVersion, Registry, files_digest
 from tidepool.serving.backend import Call, ContextLengthError, Frame, Message, Prompt, Started
 from tidepool.serving.replica import Replica, load_replica
 from tidepool.specs import EngineSpec
@@ -243,8 +243,8 @@ def test_an_adapter_that_was_pushed_out_meanwhile_is_loaded_again(published: Pub
 def test_an_adapter_of_another_base_or_without_its_files_is_an_error(published: Published, tmp_path: Path) -> None:
     engine, adapter = FakeEngine(), published.adapters[0]
     other = ModelVersion.from_json("other", 1, adapter.to_json() | {"base_digest": "0f" * 32})
-    lost = {"path": "adapter_model.safetensors", "size_bytes": 5, "sha256": "0f" * 32}
-    absent = ModelVersion.from_json("absent", 1, adapter.to_json() | {"files": [lost], "digest": "0e" * 32})
+    lost: dict[str, Any] = {"path": "adapter_model.safetensors", "size_bytes": 5, "sha256": "0f" * 32}
+    absent = ModelVersion.from_json("absent", 1, adapter.to_json() | {"files": [lost], "digest": files_digest([FileEntry(**lost)])})
     replica = replica_of(engine, published, tmp_path)
     with pytest.raises(BaseMismatchError, match="other@1 was trained on"):
         asyncio.run(frames_of(replica, call_of(published, adapter=other)))
