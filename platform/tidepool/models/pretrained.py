@@ -4,43 +4,82 @@ Invariants:
 - No pickle is read and no code of a model is run; nothing is downloaded: a folder is all there is.
 - A model comes back with every weight that its architecture has, or not at all.
 - What `export_model` writes is only what makes the model (see `source`), so that its digest is the same wherever it lies.
+- A model's memory is that of its weights, once, whatever its files: weights in their own dtype are mapped from the files and
+  copied page by page where somebody writes to them, those in another dtype are converted one at a time; an export is written
+  from there. Fetching and hashing take chunks of 16 MiB. So 8 GB of weights need 8 GB to compute with or to merge, less to
+  export, some 50 MB to fetch, and `load_shapes`, which reads headers alone, next to nothing.
 """
 
 import difflib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
 from tidepool.errors import ModelError
 from tidepool.models.source import model_files
 
+SHARD_SIZE = "4GB"
+"""Of the files of an export: what a store takes in one put, and another try costs."""
 disable_progress_bar()  # thousands of lines in a log of many workers, and one of them the last
 
 
-def load_model(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of a folder, in eval mode on the CPU. Raises `ModelError`."""
+def load_model(folder: Path, dtype: torch.dtype | Literal["auto"]) -> PreTrainedModel:
+    """The causal language model of a folder, in eval mode on the CPU; `auto` is the dtype of its files. Raises `ModelError`."""
+    return _load(folder, dtype=dtype)
+
+
+def load_shapes(folder: Path) -> PreTrainedModel:
+    """The model of a folder on the meta device: every name, shape and dtype, and no weight is read.
+
+    Raises `ModelError` for a folder that `load_model` would refuse.
+    """
+    return _load(folder, dtype="auto", device_map="meta")
+
+
+def _load(folder: Path, **options: Any) -> PreTrainedModel:
     _check_config(folder)
     try:
-        model, loading = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-        )
+        with _silent():
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                folder,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that we learn which ones, and refuse them below
+                **options,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise ModelError(f"Cannot load the model in {folder}: {first_line(error)}") from error
     if absent := sorted(loading["missing_keys"]):
         raise ModelError(f"Cannot load the model in {folder}: {len(absent)} weights are missing from its files, {absent[0]} for one.")
+    if wrong := sorted(loading["mismatched_keys"]):
+        key, found, wanted = wrong[0]
+        raise ModelError(
+            f"Cannot load the model in {folder}: {len(wrong)} weights have another shape than its config.json says, {key} for one "
+            f"({tuple(found)}, not {tuple(wanted)})."
+        )
     return model.eval()
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Keep transformers from printing what we say in an error of our own."""
+    before = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(before)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -78,7 +117,7 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, of_data: PreTrainedTok
 def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a whole model and its tokenizer into a folder, as plain `transformers` reads them. Raises `ModelError`."""
     check_tokenizer(model, tokenizer)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     tokenizer.save_pretrained(folder)
 
 
@@ -98,6 +137,15 @@ def _check_config(folder: Path) -> None:
     near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
     hint = f" Did you mean {near[0]}?" if near else " A newer transformers may know it."
     raise ModelError(f"The model in {folder} is of the unknown type {kind!r}.{hint}")
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of each tensor in a safetensors file, by its header, which is checked against the file. Raises `ModelError`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path} is no whole safetensors file: {first_line(error)}") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -170,6 +170,18 @@ def _describe_store(url: str) -> tuple[FileEntry, ...]:
     return tuple(_describe(name, _object_chunks(store, name, size)) for name, size in _store_files(url, store).items())
 
 
+def download_folder(url: str, folder: Path) -> None:
+    """Put the files that make a model from a store's URL into an empty folder. Raises `ModelError`, `StoreError`."""
+    store = open_store(url)
+    for name, size_bytes in _store_files(url, store).items():
+        _download_object(store, name, size_bytes, folder / name)
+
+
+def download_from_hub(ref: str) -> Path:
+    """The local folder of a model of the hub (`org/name`, `org/name@revision`), downloaded if it is not there. Raises `ModelError`."""
+    return _download(ref)[0]
+
+
 def _fetch_from_store(source: ModelSource, cache: Path) -> Path:
     store = open_store(source.ref)
     sizes = functools.cache(lambda: _store_files(source.ref, store))

@@ -1,6 +1,6 @@
 """The object store: put-if-absent, get, size, list, delete, over a local directory, S3 and memory; JSON and logs on top."""
 
-from tidepool.storage.base import ObjectInfo, ObjectStore
+from tidepool.storage.base import ObjectInfo, ObjectStore, check_key
 from tidepool.storage.cache import CACHE_VARIABLE, cached_folder, release
 from tidepool.storage.disk import local_disk
 from tidepool.storage.documents import get_json, put_json
@@ -15,6 +15,7 @@ __all__ = [
     "ObjectStore",
     "append",
     "cached_folder",
+    "check_key",
     "fill_folder",
     "get_json",
     "local_disk",

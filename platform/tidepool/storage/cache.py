@@ -32,6 +32,7 @@ from tidepool.storage.disk import disk_full, local_disk
 
 CACHE_VARIABLE = "TIDEPOOL_CACHE"
 LIMIT_VARIABLE = "TIDEPOOL_CACHE_GB"
+_REMEDY = f"set {CACHE_VARIABLE} to a folder on a larger disk"
 _FILLING = ".filling-"
 _logger = logging.getLogger(__name__)
 _held: dict[Path, list[int]] = {}
@@ -45,7 +46,7 @@ def cached_folder(root: Path, digest: str, size_bytes: Callable[[], int], fill: 
     `SpecError`, and what the two raise.
     """
     target = root / digest
-    with local_disk(root, CACHE_VARIABLE):
+    with local_disk(root, _REMEDY):
         for folder in (root / ".locks", root / ".uses"):
             folder.mkdir(parents=True, exist_ok=True)
         with _locked(root, digest):
@@ -81,7 +82,7 @@ def _fill(root: Path, digest: str, size_bytes: int, fill: Callable[[Path], None]
     shutil.rmtree(temporary, ignore_errors=True)  # of one that died
     free = _make_room(root, digest, size_bytes, cache_limit_bytes(root))
     if free < size_bytes:
-        raise disk_full(root, CACHE_VARIABLE, size_bytes)
+        raise disk_full(root, _REMEDY, size_bytes)
     temporary.mkdir()
     try:
         fill(temporary)

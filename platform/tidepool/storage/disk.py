@@ -13,30 +13,29 @@ _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextmanager
-def local_disk(folder: Path, variable: str) -> Iterator[None]:
-    """Maps a disk without room, or one that must not be written, to `DiskError`; `variable` (environment) says where `folder` is."""
+def local_disk(folder: Path, remedy: str) -> Iterator[None]:
+    """Maps a disk without room, or one that must not be written, to `DiskError`; `remedy` says how to use another folder."""
     try:
         yield
     except Exception as error:  # each library that writes has a type of its own for this; everything else goes on as it is
         if isinstance(error, TidepoolError):
             raise
         if _is_full(error):
-            raise disk_full(folder, variable) from error
+            raise disk_full(folder, remedy) from error
         if isinstance(error, OSError) and error.errno in _FORBIDDEN:
             raise DiskError(
-                f"{error.filename or folder} cannot be written ({error.strerror}): give this user access, or set {variable} to a folder "
-                "that it can write."
+                f"{error.filename or folder} cannot be written ({error.strerror}): give this user access, or {remedy}."
             ) from error
         raise
 
 
-def disk_full(folder: Path, variable: str, needed_bytes: int | None = None) -> DiskError:
+def disk_full(folder: Path, remedy: str, needed_bytes: int | None = None) -> DiskError:
     """The error for a folder whose disk has no room (for `needed_bytes`, if that is known)."""
     usage = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists()))
     needed = "" if needed_bytes is None else f", {needed_bytes / 1e6:,.1f} MB are needed"
     return DiskError(
         f"The disk of {folder} on this machine is full: {usage.free / 1e6:,.1f} MB of {usage.total / 1e6:,.1f} MB are free{needed}. "
-        f"Make room there, or set {variable} to a folder on a larger disk. What was committed or published is safe."
+        f"Make room there, or {remedy}. What was committed or published is safe."
     )
 
 
