@@ -20,6 +20,7 @@
     │   ├── SpecChangedError        a run name in use with another spec
     │   ├── NumericsError           a worker whose arithmetic would give other bits
     │   ├── NonFiniteError          a loss or gradient norm that is not a finite number
+    │   ├── OutOfMemoryError        a worker whose device has too little memory for the spec
     │   └── WorkerLostError         workers died and the retries are used up
     ├── RequestError                a request to the engine that it cannot serve as written
     ├── EngineBusyError             an engine whose queue is full: the same request may succeed later
@@ -108,6 +109,10 @@ class NumericsError(RunError):
 
 class NonFiniteError(RunError):
     """A loss or gradient norm that is not a finite number."""
+
+
+class OutOfMemoryError(RunError):
+    """A worker whose device has too little memory for what the spec asks for."""
 
 
 class WorkerLostError(RunError):

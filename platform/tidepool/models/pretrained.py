@@ -12,14 +12,15 @@ Invariants:
 
 import difflib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
@@ -114,6 +115,28 @@ def check_same_tokens(tokenizer: PreTrainedTokenizerBase, of_data: PreTrainedTok
         )
 
 
+def load_config(folder: Path) -> PreTrainedConfig:
+    """The configuration of a model's folder, which may hold nothing else. Raises `ModelError`."""
+    value = read_json(folder / "config.json")
+    _check_kind(value, folder)
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[value["model_type"]].from_dict(value)
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
+        raise ModelError(f"Cannot read {folder / 'config.json'}: {first_line(error)}") from error
+    return config
+
+
+def check_length(config: PreTrainedConfig, sequence_length: int) -> None:
+    """Raises `ModelError` if a dataset's samples are longer than a model allows (where its configuration says so)."""
+    allowed = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(allowed, int) and sequence_length > allowed:
+        raise ModelError(
+            f"The dataset's samples have {sequence_length} tokens and the model allows {allowed} (max_position_embeddings): prepare the "
+            f"dataset with sequence_length: {allowed} or less, or take a model that allows more (a new one by max_position_embeddings in "
+            "model.config)."
+        )
+
+
 def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write a whole model and its tokenizer into a folder, as plain `transformers` reads them. Raises `ModelError`."""
     check_tokenizer(model, tokenizer)
@@ -125,7 +148,10 @@ def _check_config(folder: Path) -> None:
     names = model_files(folder)
     if "config.json" not in names:
         raise ModelError(f"{folder} holds an adapter, not a model: load its base model, then the adapter.")
-    config = read_json(folder / "config.json")
+    _check_kind(read_json(folder / "config.json"), folder)
+
+
+def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
     kind = config.get("model_type")
     if kind in CONFIG_MAPPING:
         return

@@ -87,6 +87,22 @@ def fetch_model(source: ModelSource, store: ObjectStore, cache: Path) -> Path:
     return folder
 
 
+def copy_files(source: ModelSource, store: ObjectStore, names: Iterable[str], folder: Path) -> None:
+    """Put those of these (small) files that a model has into a folder, without fetching the rest. Raises as `fetch_model` does."""
+    if source.version is not None:
+        Registry(store).download(source.version, folder, names)
+        return
+    if "://" in source.ref:
+        remote = open_store(source.ref)
+        for name, size_bytes in _store_files(source.ref, remote).items():
+            if name in names:
+                _download_object(remote, name, size_bytes, folder / name)
+        return
+    local = _download(source.ref)[0] if source.is_on_hub else Path(source.ref)
+    for name in set(names) & set(model_files(local)):
+        shutil.copyfile(local / name, folder / name)
+
+
 def cache_folder() -> Path:
     """Where this node keeps the models it has fetched: `TIDEPOOL_CACHE`, else `~/.cache/tidepool`."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "tidepool") / "models"

@@ -13,7 +13,7 @@ Invariants:
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -202,13 +202,16 @@ class Registry:
         _check_digest(version)
         return cached_folder(cache, version.digest, lambda: version.size_bytes, lambda folder: self.download(version, folder))
 
-    def download(self, version: ModelVersion, folder: Path) -> None:
-        """Put the version's files into an empty folder, verified while they pass, a chunk of 16 MiB at a time in memory.
+    def download(self, version: ModelVersion, folder: Path, names: Iterable[str] | None = None) -> None:
+        """Put the version's files (of `names`, those that it has) into an empty folder, verified while they pass.
 
-        Raises `RegistryError` for a file that is missing or not the one that was published; what came before it is left.
+        A chunk of 16 MiB is in memory at a time. Raises `RegistryError` for a file that is missing or not the one that was
+        published; what came before it is left.
         """
         _check_digest(version)
         for file in version.files:
+            if names is not None and file.path not in names:
+                continue
             path = folder / file.path
             if not path.resolve().is_relative_to(folder.resolve()):
                 raise RegistryError(f"{version.ref} names the file {file.path!r}, which is outside its folder: do not use this version.")

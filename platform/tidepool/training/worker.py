@@ -25,20 +25,24 @@ from tidepool.models import (
     add_lora,
     build_model,
     cache_folder,
+    check_length,
     check_same_tokens,
     check_tokenizer,
     export_adapter,
     export_model,
     fetch_model,
+    load_config,
     load_model,
     load_tokenizer,
+    new_config,
 )
 from tidepool.registry import ModelVersion, Registry
 from tidepool.specs import RunSpec
-from tidepool.storage import ObjectStore, get_json, open_store, put_json
+from tidepool.storage import ObjectStore, get_json, local_disk, open_store, put_json
 from tidepool.telemetry import FanOut, LogSink, Sink, TensorBoardSink
 from tidepool.training.group import Group
 from tidepool.training.loop import Beat, StepLoop
+from tidepool.training.memory import Demand, advise, loading_advice, model_size, told_of_memory
 from tidepool.training.numerics import fingerprint, prepare_process, resolve_dtype
 from tidepool.training.pins import Pins, base_source, check_worker, write_document
 from tidepool.training.state import Tensors, tensors_digest
@@ -74,14 +78,27 @@ def run_task(task: Task, group: Group, device: torch.device, sinks: list[Sink], 
     _settle(task, store, group, device)
     tensorboard = TensorBoardSink(store.put_if_absent, f"runs/{spec.run}/tensorboard/", task.incarnation.number)
     # A run that fails flushes what it has measured on the way out: the last steps tell why.
-    with tempfile.TemporaryDirectory(prefix="tidepool-worker-") as folder, closing(tensorboard):
-        parts = _build_parts(task, store, Path(folder), device)
-        loop = _build_loop(task, parts, store, group, FanOut([LogSink(), tensorboard, *sinks]), beat)
-        finished = loop.run()
+    with (
+        local_disk(Path(tempfile.gettempdir()), "set TMPDIR on the nodes to a folder on a larger disk"),
+        tempfile.TemporaryDirectory(prefix="tidepool-worker-") as folder,
+        closing(tensorboard),
+    ):
+        with told_of_memory(spec, device, lambda _: loading_advice(spec)):
+            parts = _build_parts(task, store, Path(folder), device)
+        with told_of_memory(spec, device, lambda capacity: _step_advice(spec, parts, capacity)):
+            loop = _build_loop(task, parts, store, group, FanOut([LogSink(), tensorboard, *sinks]), beat)
+            finished = loop.run()
         if not finished:
             return Outcome(False, loop.step, None)
         result = _finish(task, parts, loop, store, Path(folder)) if group.rank == 0 else None
     return Outcome(True, loop.step, result)
+
+
+def _step_advice(spec: RunSpec, parts: "_Parts", capacity_bytes: int) -> str:
+    training = spec.training
+    dtype = resolve_dtype(training.precision, next(parts.model.parameters()).device)
+    demand = Demand(training.micro_batch_size, training.gradient_checkpointing, parts.info.sequence_length)
+    return advise(model_size(parts.model, dtype), demand, training, capacity_bytes)
 
 
 def _settle(task: Task, store: ObjectStore, group: Group, device: torch.device) -> None:
@@ -108,11 +125,13 @@ def _build_parts(task: Task, store: ObjectStore, folder: Path, device: torch.dev
     base = base_source(task.pins, store)
     if base is None:
         assert spec.model.config is not None
+        check_length(new_config(spec.model.config, len(tokenizer)), info.sequence_length)
         model = build_model(spec.model.config, len(tokenizer), spec.seed, tokenizer)
     else:
         frozen = resolve_dtype(spec.training.precision, device) if spec.model.lora else torch.float32
         base_folder = fetch_model(base, store, cache_folder())
         check_same_tokens(load_tokenizer(base_folder), tokenizer)
+        check_length(load_config(base_folder), info.sequence_length)
         model = load_model(base_folder, frozen)
         check_tokenizer(model, tokenizer)
         if spec.model.lora:
