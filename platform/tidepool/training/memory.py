@@ -121,7 +121,7 @@ def model_size(model: PreTrainedModel, dtype: torch.dtype) -> ModelSize:
 
 
 @contextmanager
-def told_of_memory(spec: RunSpec, device: torch.device, advice: Callable[[int], str]) -> Iterator[None]:
+def told_of_memory(who: str, device: torch.device, advice: Callable[[int], str]) -> Iterator[None]:
     """Maps a lack of memory in the block to `OutOfMemoryError`; `advice` gets what the device has in all, in bytes."""
     try:
         yield
@@ -132,8 +132,7 @@ def told_of_memory(spec: RunSpec, device: torch.device, advice: Callable[[int], 
         capacity = torch.cuda.get_device_properties(device).total_memory if is_gpu else psutil.virtual_memory().total
         said = (next(iter(str(error).splitlines()), "") or type(error).__name__).rstrip(".")
         raise OutOfMemoryError(
-            f"A worker of run {spec.run} ran out of memory ({device.type}, {_shown(capacity)} in all): {said}. {advice(capacity)}. "
-            "What decides the result needs another `run` name to be changed; what was committed under this one is safe."
+            f"{who} ran out of memory ({device.type}, {_shown(capacity)} in all): {said}. {advice(capacity)}."
         ) from error
 
 

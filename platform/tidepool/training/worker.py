@@ -25,16 +25,13 @@ from tidepool.models import (
     add_lora,
     build_model,
     cache_folder,
-    check_length,
     check_same_tokens,
     check_tokenizer,
     export_adapter,
     export_model,
     fetch_model,
-    load_config,
     load_model,
     load_tokenizer,
-    new_config,
 )
 from tidepool.registry import ModelVersion, Registry
 from tidepool.specs import RunSpec
@@ -71,7 +68,7 @@ class Outcome:
 
 def run_task(task: Task, group: Group, device: torch.device, sinks: list[Sink], beat: Beat) -> Outcome:
     """Do the work of one worker. Raises any of Tidepool's errors; a lost peer raises `RuntimeError`."""
-    spec = task.spec
+    spec, who = task.spec, f"A worker of run {task.spec.run}"
     beat(0, "load")
     prepare_process(device, spec.workers.threads_per_worker)
     store = open_store(spec.store)
@@ -83,9 +80,9 @@ def run_task(task: Task, group: Group, device: torch.device, sinks: list[Sink], 
         tempfile.TemporaryDirectory(prefix="tidepool-worker-") as folder,
         closing(tensorboard),
     ):
-        with told_of_memory(spec, device, lambda _: loading_advice(spec)):
+        with told_of_memory(who, device, lambda _: loading_advice(spec)):
             parts = _build_parts(task, store, Path(folder), device)
-        with told_of_memory(spec, device, lambda capacity: _step_advice(spec, parts, capacity)):
+        with told_of_memory(who, device, lambda capacity: _step_advice(spec, parts, capacity)):
             loop = _build_loop(task, parts, store, group, FanOut([LogSink(), tensorboard, *sinks]), beat)
             finished = loop.run()
         if not finished:
@@ -98,7 +95,8 @@ def _step_advice(spec: RunSpec, parts: "_Parts", capacity_bytes: int) -> str:
     training = spec.training
     dtype = resolve_dtype(training.precision, next(parts.model.parameters()).device)
     demand = Demand(training.micro_batch_size, training.gradient_checkpointing, parts.info.sequence_length)
-    return advise(model_size(parts.model, dtype), demand, training, capacity_bytes)
+    advice = advise(model_size(parts.model, dtype), demand, training, capacity_bytes)
+    return f"{advice}. What decides the result needs another `run` name to be changed; what was committed under this one is safe"
 
 
 def _settle(task: Task, store: ObjectStore, group: Group, device: torch.device) -> None:
@@ -125,13 +123,11 @@ def _build_parts(task: Task, store: ObjectStore, folder: Path, device: torch.dev
     base = base_source(task.pins, store)
     if base is None:
         assert spec.model.config is not None
-        check_length(new_config(spec.model.config, len(tokenizer)), info.sequence_length)
         model = build_model(spec.model.config, len(tokenizer), spec.seed, tokenizer)
     else:
         frozen = resolve_dtype(spec.training.precision, device) if spec.model.lora else torch.float32
         base_folder = fetch_model(base, store, cache_folder())
         check_same_tokens(load_tokenizer(base_folder), tokenizer)
-        check_length(load_config(base_folder), info.sequence_length)
         model = load_model(base_folder, frozen)
         check_tokenizer(model, tokenizer)
         if spec.model.lora:
