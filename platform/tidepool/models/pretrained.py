@@ -6,8 +6,8 @@ Invariants:
 - What `export_model` writes is only what makes the model (see `source`), so that its digest is the same wherever it lies.
 - A model's memory is that of its weights, once, whatever its files: weights in their own dtype are mapped from the files and
   copied page by page where somebody writes to them, those in another dtype are converted one at a time; an export is written
-  from there. Fetching and hashing take chunks of 16 MiB. So 8 GB of weights need 8 GB to compute with or to merge, less to
-  export, some 50 MB to fetch, and `load_shapes`, which reads headers alone, next to nothing.
+  from there. Fetching and hashing take chunks of 16 MiB. So 8 GB of weights need at most 8 GB to compute with, and a layer's
+  more to merge; next to nothing to be exported again, 50 MB to be fetched; and `load_shapes` reads headers alone.
 """
 
 import difflib

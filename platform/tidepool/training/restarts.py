@@ -3,8 +3,8 @@
 - An error that says what a person must do ends the run at once with that error: starting again would only repeat it.
 - A damaged checkpoint does not: the next incarnation falls back to the commit before.
 - The same exception at the same step, twice in a row, is a bug and not bad luck: it ends the run with its traceback.
-- Nor does a process that was killed for its memory, but it is named where Ray or the kernel tells.
-- Anything else (a dead process, a lost node) is met by a restart, up to a number without a new commit in between.
+- Anything else (a dead process, a lost node) is met by a restart, up to a number without a new commit in between. Where Ray
+  tells that a process was killed for its memory, or may have been, so does the message.
 """
 
 from collections.abc import Sequence
