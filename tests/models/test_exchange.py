@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -95,16 +96,26 @@ def publish_base(url: str, folder: Path, tokenizer: Any, kind: str = "llama") ->
     return Registry(open_store(url)).publish(f"{kind}-base", "full", folder / f"{kind}-base", lineage={}, metrics={})
 
 
-@pytest.fixture
-def plain_adapter(url: str, tmp_path: Path, tokenizer: Any) -> Path:
-    """The folder of a LoRA adapter on `llama-base` that plain peft wrote."""
-    publish_base(url, tmp_path, tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "llama-base")
+@pytest.fixture(scope="module")
+def made(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with `llama-base`, and beside it a LoRA adapter that plain peft wrote, with the logits that it had there."""
+    folder = tmp_path_factory.mktemp("made")
+    publish_base((folder / "store").as_uri(), folder, tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(folder / "llama-base")
     config = LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], use_rslora=True)
-    trained = train(get_peft_model(model, config))
-    trained.save_pretrained(tmp_path / "plain")
-    save_file({"logits": logits(trained)}, tmp_path / "expected.safetensors")
-    (tmp_path / "plain" / "training_args.bin").write_bytes(b"a pickle, as trainers leave it")
+    with warnings.catch_warnings():  # peft 0.21 on transformers 5.23
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        trained = train(get_peft_model(model, config))
+    trained.save_pretrained(folder / "plain")
+    save_file({"logits": logits(trained)}, folder / "expected.safetensors")
+    (folder / "plain" / "training_args.bin").write_bytes(b"a pickle, as trainers leave it")
+    return folder
+
+
+@pytest.fixture
+def plain_adapter(made: Path, tmp_path: Path) -> Path:
+    """The adapter's folder, of the test's own, with the store of `url` beside it."""
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
     return tmp_path / "plain"
 
 
