@@ -18,12 +18,13 @@ import torch
 
 from tidepool.data import Dataset, fetch_tokenizer, find_dataset
 from tidepool.errors import TidepoolError
-from tidepool.models import cache_folder, check_same_tokens, load_tokenizer, open_model
+from tidepool.models import cache_folder, check_length, check_same_tokens, load_tokenizer, open_model
 from tidepool.specs import EvaluationSpec, load_spec
 from tidepool.storage import open_store
 from tidepool.telemetry import configure_logging
 from tidepool.training.evaluation import evaluate
 from tidepool.training.group import LocalGroup
+from tidepool.training.memory import told_of_memory
 from tidepool.training.numerics import resolve_dtype
 
 
@@ -50,8 +51,10 @@ def measure(spec: EvaluationSpec) -> dict[str, Any]:
     dtype = resolve_dtype("auto", device)
     opened = open_model(spec.model, store, cache_folder(), dtype)
     check_same_tokens(opened.tokenizer, load_tokenizer(fetch_tokenizer(store, info, cache_folder())))
+    check_length(opened.model.config, info.sequence_length)
     held_out = Dataset(store, info, "held_out", cache_row_groups=4)
-    loss = evaluate(opened.model.to(device), held_out, spec.num_samples, spec.batch_size, dtype, LocalGroup())
+    with told_of_memory("The evaluation", device, lambda _: memory_advice(spec)):
+        loss = evaluate(opened.model.to(device), held_out, spec.num_samples, spec.batch_size, dtype, LocalGroup())
     return {
         "model": opened.source.ref,
         "base": opened.base.ref if opened.base else None,
@@ -60,6 +63,13 @@ def measure(spec: EvaluationSpec) -> dict[str, Any]:
         "held_out_loss": loss,
         "perplexity": math.exp(loss),
     }
+
+
+def memory_advice(spec: EvaluationSpec) -> str:
+    """What to lower, and to what."""
+    if spec.batch_size == 1:
+        return "One sample at a time is too much already: use a device with more memory"
+    return f"Lower batch_size from {spec.batch_size} to {spec.batch_size // 2}: the loss stays the same, but for rounding"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import subprocess
 import threading
 import uuid
 from collections.abc import Iterator
@@ -106,6 +107,20 @@ def metadata() -> Iterator[Metadata]:
         yield server
         server.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 2 MiB of its own; a test that asks for it is skipped where nothing can be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"no disk can be mounted here: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.fixture(scope="session")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from tidepool import __version__, local_cluster
 from tidepool.errors import ClusterError, SpecError, TidepoolError
+from tidepool.model_commands import add_model_commands
 from tidepool.registry import ModelVersion, Registry
 from tidepool.specs import STORE_VARIABLE
-from tidepool.storage import open_store
+from tidepool.storage import ObjectStore, open_store
 from tidepool.store_commands import add_store_commands
 
 _CLUSTER_FILE = Path(".tidepool/cluster.json")
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="tidepool", description="One pool of GPUs that trains and serves, on Ray.")
     parser.add_argument("--version", action="version", version=f"tidepool {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_models(commands.add_parser("models", help="list, show, promote and roll back published models"))
+    _add_models(commands.add_parser("models", help="list, show, promote and roll back published models; import, merge, export"))
     add_store_commands(commands.add_parser("store", help="check that an object store is fit for commits"))
     up = commands.add_parser("up", help="start a Ray cluster on this machine and serve what is published in its store")
     _add_store(up, f"default: ${STORE_VARIABLE}, else a local directory, {_LOCAL_STORE}")
@@ -61,7 +62,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     rollback.add_argument("model", help="name")
     rollback.add_argument("--alias", default="production")
     rollback.set_defaults(run=_rollback)
-    for command in (listing, show, promote, rollback):
+    for command in (listing, show, promote, rollback, *add_model_commands(commands, _store)):
         _add_store(command, f"default: ${STORE_VARIABLE}, else the store of the cluster that `tidepool up` started here")
 
 
@@ -70,12 +71,16 @@ def _add_store(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _registry(options: argparse.Namespace) -> Registry:
+    return Registry(_store(options))
+
+
+def _store(options: argparse.Namespace) -> ObjectStore:
     url = options.store or os.environ.get(STORE_VARIABLE)
     if url is None and (cluster := local_cluster.load(_CLUSTER_FILE)) is not None:
         url = cluster.store_url
     if url is None:
         raise SpecError(f"Which store? Give --store s3://bucket/prefix (or file:///folder), or set {STORE_VARIABLE}.")
-    return Registry(open_store(url))
+    return open_store(url)
 
 
 def _list_models(options: argparse.Namespace) -> None:

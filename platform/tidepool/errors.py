@@ -12,6 +12,7 @@
     │   ├── StoreFullError          no room, or a quota that is used up
     │   ├── StoreUnfitError         an endpoint that breaks a promise which commits depend on
     │   └── StoreUnreachableError   no answer within the deadline
+    ├── DiskError                   a disk of this machine that is full or cannot be written
     ├── CheckpointError             no checkpoint can be written or read
     │   ├── CorruptCheckpointError  bytes that are not the ones committed
     │   └── SupersededError         another driver has taken the run over
@@ -22,6 +23,7 @@
     │   ├── VersionSkewError        a node with other software than the driver's
     │   ├── NumericsError           a worker whose arithmetic would give other bits
     │   ├── NonFiniteError          a loss or gradient norm that is not a finite number
+    │   ├── OutOfMemoryError        a worker whose device has too little memory for the spec
     │   └── WorkerLostError         workers died and the retries are used up
     ├── RequestError                a request to the engine that it cannot serve as written
     ├── EngineBusyError             an engine whose queue is full: the same request may succeed later
@@ -80,6 +82,10 @@ class StoreUnreachableError(StoreError):
     """No answer from the store within the deadline."""
 
 
+class DiskError(TidepoolError):
+    """A disk of this machine that is full or cannot be written: the cache of models, or temporary files."""
+
+
 class CheckpointError(TidepoolError):
     """No checkpoint can be written or read."""
 
@@ -118,6 +124,10 @@ class NumericsError(RunError):
 
 class NonFiniteError(RunError):
     """A loss or gradient norm that is not a finite number."""
+
+
+class OutOfMemoryError(RunError):
+    """A worker whose device has too little memory for what the spec asks for."""
 
 
 class WorkerLostError(RunError):

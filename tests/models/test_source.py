@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tidepool.errors import ModelError
-from tidepool.models import copy_tokenizer, export_model, fetch_model, find_model
+from tidepool.models import copy_files, copy_tokenizer, export_model, fetch_model, find_model
 from tidepool.registry import Registry, describe_folder, files_digest
 from tidepool.storage import ObjectStore, open_store
 
@@ -51,6 +51,17 @@ def test_a_model_has_the_same_digest_wherever_it_lies(
         assert find_model(source.ref, store) == source, "a pinned reference means the same again"
 
 
+def test_the_small_files_of_a_model_come_without_the_rest_wherever_it_lies(folder: Path, store: ObjectStore, tmp_path: Path) -> None:
+    Registry(store).publish("tides", "full", folder, lineage={}, metrics={})
+    for number, ref in enumerate((str(folder), f"file://{folder}", "tides")):
+        source, target = find_model(ref, store), tmp_path / str(number)
+        target.mkdir()
+        copy_files(source, store, ("config.json", "tokenizer.json", "vocab.txt"), target)
+        assert {path.name: path.read_bytes() for path in target.iterdir()} == {
+            name: (folder / name).read_bytes() for name in ("config.json", "tokenizer.json")
+        }
+
+
 def test_files_that_make_no_model_change_no_digest_and_are_not_fetched(folder: Path, store: ObjectStore, tmp_path: Path) -> None:
     before = find_model(str(folder), store).digest
     for name in ("README.md", "pytorch_model.bin", "modeling.py", "optimizer.pt"):
@@ -69,7 +80,7 @@ def test_a_model_that_changed_since_it_was_found_is_refused(folder: Path, store:
     for source in sources:
         with pytest.raises(ModelError, match="are not those that were found before"):
             fetch_model(source, store, tmp_path / "cache")
-    assert not list((tmp_path / "cache").iterdir()), "nothing half-fetched is left"
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.name not in (".locks", ".uses")], "nothing half-fetched is left"
 
 
 def test_a_model_in_a_store_is_fetched_once(folder: Path, store: ObjectStore, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tests.serving.models import Published
 from tidepool.errors import BaseMismatchError, EngineBusyError, ModelError, RequestError
 from tidepool.inference.engine import EngineStats, GenerationRequest, Output
 from tidepool.models import ModelSource
-from tidepool.registry import ModelVersion, Registry
+from tidepool.registry import FileEntry, ModelVersion, Registry, files_digest
 from tidepool.serving.backend import Call, ContextLengthError, Frame, Message, Prompt, Started
 from tidepool.serving.replica import Replica, load_replica
 from tidepool.specs import EngineSpec
@@ -198,6 +198,22 @@ def test_requests_at_one_time_share_one_load(published: Published, tmp_path: Pat
     assert "leaves" not in {request.request_id for request in engine.requests}
 
 
+def test_an_adapter_that_is_loaded_holds_no_place_in_the_nodes_cache(
+    published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDEPOOL_CACHE_GB", "1e-9")  # one byte: what nobody uses goes as soon as something else comes
+    engine = FakeEngine()
+    replica = replica_of(engine, published, tmp_path / "cache")
+
+    async def ask_for_both() -> None:
+        for adapter in published.adapters:
+            assert [frame async for frame in replica.generate(call_of(published, adapter=adapter))]
+
+    asyncio.run(ask_for_both())
+    assert engine.loads == [adapter.digest for adapter in published.adapters]
+    assert [path.name for path in (tmp_path / "cache").glob("[!.]*")] == engine.loads[-1:]
+
+
 def test_a_load_that_failed_is_tried_again(published: Published, tmp_path: Path) -> None:
     engine, adapter = FakeEngine(), published.adapters[0]
 
@@ -227,8 +243,8 @@ def test_an_adapter_that_was_pushed_out_meanwhile_is_loaded_again(published: Pub
 def test_an_adapter_of_another_base_or_without_its_files_is_an_error(published: Published, tmp_path: Path) -> None:
     engine, adapter = FakeEngine(), published.adapters[0]
     other = ModelVersion.from_json("other", 1, adapter.to_json() | {"base_digest": "0f" * 32})
-    lost = {"path": "adapter_model.safetensors", "size_bytes": 5, "sha256": "0f" * 32}
-    absent = ModelVersion.from_json("absent", 1, adapter.to_json() | {"files": [lost], "digest": "0e" * 32})
+    lost: dict[str, Any] = {"path": "adapter_model.safetensors", "size_bytes": 5, "sha256": "0f" * 32}
+    absent = ModelVersion.from_json("absent", 1, adapter.to_json() | {"files": [lost], "digest": files_digest([FileEntry(**lost)])})
     replica = replica_of(engine, published, tmp_path)
     with pytest.raises(BaseMismatchError, match="other@1 was trained on"):
         asyncio.run(frames_of(replica, call_of(published, adapter=other)))

@@ -58,3 +58,22 @@ def test_a_new_commit_resets_the_count() -> None:
 
 def test_no_restarts_means_none() -> None:
     assert isinstance(give_up([failure(3)], 0), WorkerLostError)
+
+
+_BY_RAY = "1 worker(s) were killed due to the node running low on memory. Refer to the documentation"
+_BY_KERNEL = "Some common causes include: (1) the process was killed by the OOM killer due to high memory usage, (2) ray stop --force"
+
+
+@pytest.mark.parametrize(("said", "words"), [(_BY_RAY, "Ray killed a worker because its node ran low on memory"), (_BY_KERNEL, "`dmesg`")])
+def test_workers_that_were_killed_for_their_memory_are_called_that_and_no_bug(said: str, words: str) -> None:
+    failures = [failure(3, said), failure(3, said)]
+    assert give_up(failures, 2) is None
+    error = give_up([*failures, failure(3, said)], 2)
+    assert isinstance(error, WorkerLostError)
+    assert words in str(error)
+    assert "Lower training.micro_batch_size" in str(error)
+    assert "What was committed is safe" in str(error)
+
+
+def test_other_failures_are_not_blamed_on_memory() -> None:
+    assert failure(3, "Connection closed by peer").hint == ""

@@ -9,29 +9,48 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tidepool.models.adapter import add_lora, attach_adapter, export_adapter
+    from tidepool.models.imported import import_model
+    from tidepool.models.merged import merge_model
     from tidepool.models.opened import OpenedModel, open_model
     from tidepool.models.packed import packed_attention_mask, packed_positions
-    from tidepool.models.pretrained import check_same_tokens, check_tokenizer, export_model, load_model, load_tokenizer
-    from tidepool.models.scratch import build_model
-    from tidepool.models.source import ModelSource, cache_folder, copy_tokenizer, fetch_model, find_model
+    from tidepool.models.pretrained import (
+        check_length,
+        check_same_tokens,
+        check_tokenizer,
+        export_model,
+        load_config,
+        load_model,
+        load_shapes,
+        load_tokenizer,
+    )
+    from tidepool.models.scratch import build_model, new_config
+    from tidepool.models.source import TOKENIZER_FILES, ModelSource, cache_folder, copy_files, copy_tokenizer, fetch_model, find_model
     from tidepool.models.tokenizer import train_tokenizer
 
 __all__ = [
+    "TOKENIZER_FILES",
     "ModelSource",
     "OpenedModel",
     "add_lora",
     "attach_adapter",
     "build_model",
     "cache_folder",
+    "check_length",
     "check_same_tokens",
     "check_tokenizer",
+    "copy_files",
     "copy_tokenizer",
     "export_adapter",
     "export_model",
     "fetch_model",
     "find_model",
+    "import_model",
+    "load_config",
     "load_model",
+    "load_shapes",
     "load_tokenizer",
+    "merge_model",
+    "new_config",
     "open_model",
     "packed_attention_mask",
     "packed_positions",
@@ -40,11 +59,22 @@ __all__ = [
 
 _MODULES = {
     "adapter": ("add_lora", "attach_adapter", "export_adapter"),
+    "imported": ("import_model",),
+    "merged": ("merge_model",),
     "opened": ("OpenedModel", "open_model"),
     "packed": ("packed_attention_mask", "packed_positions"),
-    "pretrained": ("check_same_tokens", "check_tokenizer", "export_model", "load_model", "load_tokenizer"),
-    "scratch": ("build_model",),
-    "source": ("ModelSource", "cache_folder", "copy_tokenizer", "fetch_model", "find_model"),
+    "pretrained": (
+        "check_length",
+        "check_same_tokens",
+        "check_tokenizer",
+        "export_model",
+        "load_config",
+        "load_model",
+        "load_shapes",
+        "load_tokenizer",
+    ),
+    "scratch": ("build_model", "new_config"),
+    "source": ("TOKENIZER_FILES", "ModelSource", "cache_folder", "copy_files", "copy_tokenizer", "fetch_model", "find_model"),
     "tokenizer": ("train_tokenizer",),
 }
 

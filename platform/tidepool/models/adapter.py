@@ -10,12 +10,13 @@ Invariants:
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,12 +25,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from tidepool.errors import BaseMismatchError, ModelError
-from tidepool.models.pretrained import check_tokenizer, first_line, read_json
+from tidepool.models.pretrained import check_tokenizer, first_line, read_json, tensor_shapes
 from tidepool.models.scratch import seeded
 from tidepool.models.source import ModelSource, model_files
 from tidepool.specs import LoraSpec, canonical_json
 
 _CONFIG, _WEIGHTS, _RECORD = "adapter_config.json", "adapter_model.safetensors", "tidepool.json"
+_PLAIN: dict[str, tuple[Any, ...]] = {
+    "bias": ("none",),
+    "modules_to_save": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    "layer_replication": (None, []),
+    "target_parameters": (None, []),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # the others (PiSSA, LoftQ, ...) start by changing the base
+}
+"""The keys that would make an adapter more than matrices beside the base's, with the values that do not."""
 
 
 def add_lora(model: PreTrainedModel, spec: LoraSpec, seed: int, base_ref: str) -> PeftModel:
@@ -43,7 +53,7 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec, seed: int, base_ref: str) -
         target_modules=spec.target_modules,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),  # GPT-2 keeps its weights transposed
     )
-    with seeded(seed), _without_deprecations():
+    with seeded(seed), _without_advice():
         adapted = get_peft_model(model, config)
     adapted.peft_config["default"].base_model_name_or_path = base_ref
     return adapted
@@ -55,13 +65,48 @@ def export_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder:
     model.save_pretrained(folder, save_embedding_layers=False)
     tokenizer.save_pretrained(folder)
     (folder / "README.md").unlink()
+    record_base(folder, base)
+
+
+def record_base(folder: Path, base: ModelSource) -> None:
+    """Write into an adapter's folder what it belongs to: its base and the digest of the base's files."""
     config = read_json(folder / _CONFIG)
-    if isinstance(config["target_modules"], list):
+    if isinstance(config.get("target_modules"), list):
         config["target_modules"].sort()  # peft keeps a set, whose order differs from process to process
     name, _, revision = base.ref.partition("@") if base.is_on_hub else (base.ref, "", "")
-    config |= {"base_model_name_or_path": name, "revision": revision or None}
+    config |= {"base_model_name_or_path": name, "revision": revision or None, "auto_mapping": None}
     (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
     (folder / _RECORD).write_bytes(canonical_json({"base": base.ref, "base_digest": base.digest}))
+
+
+def check_adapter(base_shapes: PreTrainedModel, folder: Path, base_digest: str) -> None:
+    """Check that an adapter is plain LoRA and that its weights are those that its configuration has on a base, by their headers.
+
+    `base_shapes` (of `load_shapes`) is changed. Raises `BaseMismatchError`, `ModelError`.
+    """
+    config = _read_config(folder, base_digest)
+    if foreign := [key for key, plain in _PLAIN.items() if getattr(config, key) not in plain]:
+        raise ModelError(
+            f"The adapter in {folder} does more than LoRA ({foreign[0]}: {getattr(config, foreign[0])}), which would change the base for "
+            "other adapters too: train it without, or merge it where it was trained and import the whole model."
+        )
+    try:
+        with _without_advice():
+            adapted = get_peft_model(base_shapes, config, low_cpu_mem_usage=True)
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"The adapter in {folder} does not fit this base: {first_line(error)}") from error
+    wanted = {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()}
+    found = tensor_shapes(folder / _WEIGHTS)
+    if problem := _difference(found, wanted):
+        raise ModelError(f"The adapter in {folder} does not fit this base: {problem}")
+
+
+def _difference(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    absent, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if absent or foreign:
+        return f"{len(absent)} weights are missing, {len(foreign)} belong nowhere ({[*absent, *foreign][0]})."
+    wrong = [key for key in sorted(wanted) if found[key] != wanted[key]]
+    return f"{len(wrong)} weights have another shape, {wrong[0]} for one ({found[wrong[0]]}, not {wanted[wrong[0]]})." if wrong else ""
 
 
 def attach_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str, base_digest: str) -> PeftModel:
@@ -75,7 +120,7 @@ def attach_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str, 
     except (OSError, SafetensorError) as error:
         raise ModelError(f"Cannot load the adapter in {folder}: {first_line(error)}") from error
     is_first = not isinstance(model, PeftModel)
-    with torch.random.fork_rng(devices=[]), _without_deprecations():  # peft draws initial weights; the adapter's own replace them
+    with torch.random.fork_rng(devices=[]), _without_advice():  # peft draws initial weights; the adapter's own replace them
         try:
             adapted = _add(model, config, name)
         except ValueError as error:
@@ -95,10 +140,11 @@ def recorded_base(folder: Path) -> str | None:
 
 
 @contextmanager
-def _without_deprecations() -> Iterator[None]:
-    """Hide what peft 0.21 uses of transformers against its advice: no user of Tidepool can act on it."""
+def _without_advice() -> Iterator[None]:
+    """Hide what peft 0.21 uses of transformers against its advice, and what it says of tied weights (`merged` looks after them)."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True` and a tied layer", category=UserWarning)
         yield
 
 

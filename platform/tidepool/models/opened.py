@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ class OpenedModel:
     tokenizer: PreTrainedTokenizerBase
 
 
-def open_model(ref: str, store: ObjectStore, cache: Path, dtype: torch.dtype) -> OpenedModel:
+def open_model(ref: str, store: ObjectStore, cache: Path, dtype: torch.dtype | Literal["auto"]) -> OpenedModel:
     """Find, fetch and load a model or an adapter, in eval mode on the CPU. Raises `ModelError`, `StoreError`."""
     source = find_model(ref, store)
     folder = fetch_model(source, store, cache)

@@ -20,24 +20,36 @@ from tidepool.errors import ModelError
 from tidepool.models.pretrained import check_tokenizer, first_line
 from tidepool.models.tokenizer import END_OF_TURN
 
+_CANNOT_BUILD = (StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError, ArithmeticError, AssertionError)
+
 
 def build_model(config: Mapping[str, Any], vocab_size: int, seed: int, tokenizer: PreTrainedTokenizerBase | None = None) -> PreTrainedModel:
     """A causal language model in float32 on the CPU, in eval mode, with the ids of `tokenizer`'s special tokens.
 
     `config` has `model_type` and keys of that type's configuration in transformers. Raises `ModelError`.
     """
-    kind, keys = _check_keys(config, vocab_size)
+    kind = str(config.get("model_type"))
     ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id", None) for name in ("eos", "bos", "pad")}
     try:
         with seeded(seed):
-            built = CONFIG_MAPPING[kind](**{**keys, **ids, "vocab_size": vocab_size})
+            built = new_config(config, vocab_size, **ids)
             model = AutoModelForCausalLM.from_config(built, dtype=torch.float32, attn_implementation="sdpa")
-    except (StrictDataclassError, ValueError, TypeError, KeyError, RuntimeError, ArithmeticError, AssertionError) as error:
+    except _CANNOT_BUILD as error:
         raise ModelError(f"Cannot build a {kind} model from this configuration: {first_line(error)}") from error
     if tokenizer is not None:
         check_tokenizer(model, tokenizer)
         _stop_at_end_of_turn(model, tokenizer)
     return model.eval()
+
+
+def new_config(config: Mapping[str, Any], vocab_size: int, **token_ids: int | None) -> PreTrainedConfig:
+    """The whole configuration of a new model. Raises `ModelError`."""
+    kind, keys = _check_keys(config, vocab_size)
+    try:
+        built: PreTrainedConfig = CONFIG_MAPPING[kind](**{**keys, **token_ids, "vocab_size": vocab_size})
+    except _CANNOT_BUILD as error:
+        raise ModelError(f"Cannot build a {kind} model from this configuration: {first_line(error)}") from error
+    return built
 
 
 @contextmanager

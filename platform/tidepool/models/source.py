@@ -13,6 +13,7 @@ Invariants:
 """
 
 import fnmatch
+import functools
 import hashlib
 import os
 import shutil
@@ -22,7 +23,7 @@ from pathlib import Path
 
 from tidepool.errors import ModelError, ObjectNotFoundError, RegistryError
 from tidepool.registry import FileEntry, ModelVersion, Registry, files_digest, is_pickle
-from tidepool.storage import ObjectStore, fill_folder, open_store
+from tidepool.storage import CACHE_VARIABLE, ObjectStore, cached_folder, open_store
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -37,7 +38,6 @@ TOKENIZER_FILES = (
 )
 _MODEL_FILES = (*TOKENIZER_FILES, "*.safetensors", "*.json")
 _CHUNK_BYTES = 16 * 2**20
-CACHE_VARIABLE = "TIDEPOOL_CACHE"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def find_model(ref: str, store: ObjectStore) -> ModelSource:
 
 
 def fetch_model(source: ModelSource, store: ObjectStore, cache: Path) -> Path:
-    """A local folder with the model's files, below `cache` unless it was local. Raises `ModelError` and `StoreError`."""
+    """A local folder with the model's files, below `cache` unless it was local; it stays while this process lives (see
+    `storage.cache`). Raises `ModelError`, `RegistryError`, `StoreError`, `DiskError`.
+    """
     if source.version is not None:
         return Registry(store).fetch(source.version, cache)
     if "://" in source.ref:
@@ -83,6 +85,22 @@ def fetch_model(source: ModelSource, store: ObjectStore, cache: Path) -> Path:
     folder = _download(source.ref)[0] if source.is_on_hub else Path(source.ref)
     _check_digest(source, _describe_model(folder))
     return folder
+
+
+def copy_files(source: ModelSource, store: ObjectStore, names: Iterable[str], folder: Path) -> None:
+    """Put those of these (small) files that a model has into a folder, without fetching the rest. Raises as `fetch_model` does."""
+    if source.version is not None:
+        Registry(store).download(source.version, folder, names)
+        return
+    if "://" in source.ref:
+        remote = open_store(source.ref)
+        for name, size_bytes in _store_files(source.ref, remote).items():
+            if name in names:
+                _download_object(remote, name, size_bytes, folder / name)
+        return
+    local = _download(source.ref)[0] if source.is_on_hub else Path(source.ref)
+    for name in set(names) & set(model_files(local)):
+        shutil.copyfile(local / name, folder / name)
 
 
 def cache_folder() -> Path:
@@ -168,18 +186,36 @@ def _describe_store(url: str) -> tuple[FileEntry, ...]:
     return tuple(_describe(name, _object_chunks(store, name, size)) for name, size in _store_files(url, store).items())
 
 
+def download_folder(url: str, folder: Path) -> None:
+    """Put the files that make a model from a store's URL into an empty folder. Raises `ModelError`, `StoreError`."""
+    store = open_store(url)
+    for name, size_bytes in _store_files(url, store).items():
+        _download_object(store, name, size_bytes, folder / name)
+
+
+def download_from_hub(ref: str) -> Path:
+    """The local folder of a model of the hub (`org/name`, `org/name@revision`), downloaded if it is not there. Raises `ModelError`."""
+    return _download(ref)[0]
+
+
 def _fetch_from_store(source: ModelSource, cache: Path) -> Path:
-    def fill(temporary: Path) -> None:
-        store = open_store(source.ref)
+    store = open_store(source.ref)
+    sizes = functools.cache(lambda: _store_files(source.ref, store))
+
+    def fill(folder: Path) -> None:
         try:
-            for name, size_bytes in _store_files(source.ref, store).items():
-                with (temporary / name).open("wb") as file:
-                    file.writelines(_object_chunks(store, name, size_bytes))
+            files = tuple(_download_object(store, name, size_bytes, folder / name) for name, size_bytes in sizes().items())
         except ObjectNotFoundError as error:
             raise _changed(source) from error
-        _check_digest(source, _describe_model(temporary))
+        _check_digest(source, files)
 
-    return fill_folder(cache / source.digest, fill)
+    return cached_folder(cache, source.digest, lambda: sum(sizes().values()), fill)
+
+
+def _download_object(store: ObjectStore, key: str, size_bytes: int, path: Path) -> FileEntry:
+    """Write an object to a path and describe what was written, a chunk at a time."""
+    with path.open("wb") as file:
+        return _describe(path.name, (chunk for chunk in _object_chunks(store, key, size_bytes) if file.write(chunk)))
 
 
 def _check_digest(source: ModelSource, files: tuple[FileEntry, ...]) -> None:

@@ -13,7 +13,7 @@ Invariants:
 
 import difflib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -25,7 +25,7 @@ from pydantic import TypeAdapter, ValidationError
 from tidepool.errors import AliasMovedError, ObjectExistsError, ObjectNotFoundError, RegistryError, StoreError
 from tidepool.registry.versions import FileEntry, Kind, ModelVersion, describe_folder, files_digest, is_pickle
 from tidepool.specs import Name
-from tidepool.storage import LogEntry, ObjectStore, append, fill_folder, get_json, log_numbers, read_last, read_log
+from tidepool.storage import LogEntry, ObjectStore, append, cached_folder, get_json, log_numbers, read_last, read_log
 
 DEFAULT_ALIAS = "production"
 _CHUNK_BYTES = 16 * 2**20
@@ -194,26 +194,29 @@ class Registry:
         """Every move of an alias, the first one first."""
         return [_alias_entry(entry) for entry in read_log(self._store, _alias_prefix(name, alias))]
 
-    def fetch(self, version: ModelVersion, folder: Path) -> Path:
-        """The version's files below `folder/<digest>`, verified, and complete or not there at all.
+    def fetch(self, version: ModelVersion, cache: Path) -> Path:
+        """The version's files in `cache/<digest>`, fetched once for all processes of the node (see `storage.cache`).
 
-        A folder that is there already is used; several processes may fetch at once. Raises `RegistryError` for a file
-        that is missing or not the one that was published.
+        They stay there until this process ends or calls `storage.release`. Raises what `download` raises, `DiskError`.
         """
+        _check_digest(version)
+        return cached_folder(cache, version.digest, lambda: version.size_bytes, lambda folder: self.download(version, folder))
 
-        def fill(temporary: Path) -> None:
-            for file in version.files:
-                path = temporary / file.path
-                if not path.resolve().is_relative_to(temporary.resolve()):
-                    raise RegistryError(
-                        f"{version.ref} names the file {file.path!r}, which is outside its folder: do not use this version."
-                    )
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self._fetch_file(version, file, path)
-            if files_digest(describe_folder(temporary)) != version.digest:
-                raise RegistryError(f"The files of {version.ref} are not those of its digest: its entry is damaged. Use another version.")
+    def download(self, version: ModelVersion, folder: Path, names: Iterable[str] | None = None) -> None:
+        """Put the version's files (of `names`, those that it has) into an empty folder, verified while they pass.
 
-        return fill_folder(folder / version.digest, fill)
+        A chunk of 16 MiB is in memory at a time. Raises `RegistryError` for a file that is missing or not the one that was
+        published; what came before it is left.
+        """
+        _check_digest(version)
+        for file in version.files:
+            if names is not None and file.path not in names:
+                continue
+            path = folder / file.path
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise RegistryError(f"{version.ref} names the file {file.path!r}, which is outside its folder: do not use this version.")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._fetch_file(version, file, path)
 
     def _fetch_file(self, version: ModelVersion, file: FileEntry, path: Path) -> None:
         sha256 = hashlib.sha256()
@@ -263,6 +266,11 @@ class Registry:
         except ValueError as error:
             raise RegistryError(f"Version {number} of {name} in the registry is damaged ({error}): use another version.") from error
         return ModelVersion.from_json(name, number, value)
+
+
+def _check_digest(version: ModelVersion) -> None:
+    if files_digest(version.files) != version.digest:
+        raise RegistryError(f"The files of {version.ref} are not those of its digest: its entry is damaged. Use another version.")
 
 
 def _before(history: list[AliasEntry]) -> int | None:

@@ -43,6 +43,11 @@ class ModelVersion:
         """`name@number`, which always means this version."""
         return f"{self.name}@{self.number}"
 
+    @property
+    def size_bytes(self) -> int:
+        """Of all files together."""
+        return sum(file.size_bytes for file in self.files)
+
     def to_json(self) -> dict[str, Any]:
         """What the log keeps: everything but the name and the number, which are its key."""
         value = asdict(self)

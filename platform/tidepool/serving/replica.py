@@ -26,7 +26,7 @@ from tidepool.models import ModelSource, attach_adapter, cache_folder, fetch_mod
 from tidepool.registry import ModelVersion, Registry
 from tidepool.serving.backend import Call, ContextLengthError, Frame, Message, Prompt, Started
 from tidepool.specs import EngineSpec
-from tidepool.storage import open_store
+from tidepool.storage import open_store, release
 
 
 class Replica:
@@ -104,7 +104,10 @@ class Replica:
     async def _fetch_and_load(self, version: ModelVersion) -> None:
         try:
             folder = await asyncio.to_thread(self._registry.fetch, version, self._cache)
-            await self._engine.load_adapter(version.digest, folder)
+            try:
+                await self._engine.load_adapter(version.digest, folder)
+            finally:
+                release(folder)  # the engine has its own copy; the node's cache may need the room
         except RegistryError as error:
             raise ModelError(f"The adapter {version.ref} cannot be fetched: {error}") from error
         finally:

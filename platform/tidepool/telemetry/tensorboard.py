@@ -47,8 +47,8 @@ class TensorBoardSink:
         try:
             for path in Path(self._folder.name).iterdir():
                 self._put(f"{self._prefix}{name}", path)
-        except StoreError:
-            _logger.warning("metrics of the last steps could not be stored", exc_info=True)
+        except StoreError as error:
+            _logger.warning("metrics of the last steps could not be stored: %s", error)
         self._folder.cleanup()
         self._writer = self._folder = None
 

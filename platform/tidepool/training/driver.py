@@ -68,7 +68,9 @@ def train(spec: RunSpec) -> Outcome:
             failures.append(failure)
             if error := give_up(failures, spec.workers.max_restarts):
                 raise error
-            _logger.warning("workers of run %s failed at step %d (%s); starting them again", spec.run, failure.step, failure.summary)
+            _logger.warning(
+                "workers of run %s failed at step %d (%s); %sstarting them again", spec.run, failure.step, failure.summary, failure.hint
+            )
             pins = read_pins(spec, store) or pins
 
 

@@ -35,10 +35,11 @@ from tidepool.models import (
 )
 from tidepool.registry import ModelVersion, Registry
 from tidepool.specs import RunSpec
-from tidepool.storage import ObjectStore, get_json, open_store, put_json
+from tidepool.storage import ObjectStore, get_json, local_disk, open_store, put_json
 from tidepool.telemetry import FanOut, LogSink, Sink, TensorBoardSink
 from tidepool.training.group import Group
 from tidepool.training.loop import Beat, StepLoop
+from tidepool.training.memory import Demand, advise, loading_advice, model_size, told_of_memory
 from tidepool.training.numerics import fingerprint, prepare_process, resolve_dtype
 from tidepool.training.pins import Pins, base_source, check_worker, write_document
 from tidepool.training.state import Tensors, tensors_digest
@@ -67,21 +68,35 @@ class Outcome:
 
 def run_task(task: Task, group: Group, device: torch.device, sinks: list[Sink], beat: Beat) -> Outcome:
     """Do the work of one worker. Raises any of Tidepool's errors; a lost peer raises `RuntimeError`."""
-    spec = task.spec
+    spec, who = task.spec, f"A worker of run {task.spec.run}"
     beat(0, "load")
     prepare_process(device, spec.workers.threads_per_worker)
     store = open_store(spec.store)
     _settle(task, store, group, device)
     tensorboard = TensorBoardSink(store.put_if_absent, f"runs/{spec.run}/tensorboard/", task.incarnation.number)
     # A run that fails flushes what it has measured on the way out: the last steps tell why.
-    with tempfile.TemporaryDirectory(prefix="tidepool-worker-") as folder, closing(tensorboard):
-        parts = _build_parts(task, store, Path(folder), device)
-        loop = _build_loop(task, parts, store, group, FanOut([LogSink(), tensorboard, *sinks]), beat)
-        finished = loop.run()
+    with (
+        local_disk(Path(tempfile.gettempdir()), "set TMPDIR on the nodes to a folder on a larger disk"),
+        tempfile.TemporaryDirectory(prefix="tidepool-worker-") as folder,
+        closing(tensorboard),
+    ):
+        with told_of_memory(who, device, lambda _: loading_advice(spec)):
+            parts = _build_parts(task, store, Path(folder), device)
+        with told_of_memory(who, device, lambda capacity: _step_advice(spec, parts, capacity)):
+            loop = _build_loop(task, parts, store, group, FanOut([LogSink(), tensorboard, *sinks]), beat)
+            finished = loop.run()
         if not finished:
             return Outcome(False, loop.step, None)
         result = _finish(task, parts, loop, store, Path(folder)) if group.rank == 0 else None
     return Outcome(True, loop.step, result)
+
+
+def _step_advice(spec: RunSpec, parts: "_Parts", capacity_bytes: int) -> str:
+    training = spec.training
+    dtype = resolve_dtype(training.precision, next(parts.model.parameters()).device)
+    demand = Demand(training.micro_batch_size, training.gradient_checkpointing, parts.info.sequence_length)
+    advice = advise(model_size(parts.model, dtype), demand, training, capacity_bytes)
+    return f"{advice}. What decides the result needs another `run` name to be changed; what was committed under this one is safe"
 
 
 def _settle(task: Task, store: ObjectStore, group: Group, device: torch.device) -> None:
