@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tidepool.models.pretrained import check_same_tokens, check_tokenizer, export_model, load_model, load_tokenizer
     from tidepool.models.scratch import build_model
     from tidepool.models.source import ModelSource, cache_folder, copy_tokenizer, fetch_model, find_model
-    from tidepool.models.tokenizer import train_tokenizer
+    from tidepool.models.tokenizer import train_tokenizer, use_chat_template
 
 __all__ = [
     "ModelSource",
@@ -36,6 +36,7 @@ __all__ = [
     "packed_attention_mask",
     "packed_positions",
     "train_tokenizer",
+    "use_chat_template",
 ]
 
 _MODULES = {
@@ -45,7 +46,7 @@ _MODULES = {
     "pretrained": ("check_same_tokens", "check_tokenizer", "export_model", "load_model", "load_tokenizer"),
     "scratch": ("build_model",),
     "source": ("ModelSource", "cache_folder", "copy_tokenizer", "fetch_model", "find_model"),
-    "tokenizer": ("train_tokenizer",),
+    "tokenizer": ("train_tokenizer", "use_chat_template"),
 }
 
 
