@@ -7,6 +7,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,30 @@ def test_reading_in_the_global_order_fetches_each_row_group_once_in_a_few_ranges
     num_shards, num_row_groups = len(info.splits["train"].shards), dataset.layout.num_row_groups
     assert num_row_groups > 10
     assert len(store.gets) <= 2 * num_shards + num_row_groups
+
+
+def test_threads_that_need_the_same_fetch_it_once_and_all_learn_of_an_error(
+    store: Watched, texts: Path, tokenizer: Any, tokenizer_folder: Path
+) -> None:
+    info = prepare(make_spec(texts), tokenizer, tokenizer_folder, store)
+    expected = Dataset(store, info, "train", 16).read(range(8)).tokens_NT
+    store.gets.clear()
+    Dataset(store, info, "train", 16).read(range(8))
+    num_gets = len(store.gets)
+    dataset = Dataset(store, info, "train", 16)
+    store.gets.clear()
+    shard = info.splits["train"].shards[0].key
+    data = store.inner.get(shard)
+    store.delete(shard)
+    with ThreadPoolExecutor(8) as pool:
+        for reading in [pool.submit(dataset.read, range(8)) for _ in range(16)]:
+            with pytest.raises(DataError, match="is missing from the store"):
+                reading.result()
+        store.put_if_absent(shard, data)
+        store.gets.clear()
+        for reading in [pool.submit(dataset.read, range(8)) for _ in range(16)]:
+            assert (reading.result().tokens_NT == expected).all()
+    assert len(store.gets) == num_gets
 
 
 def test_no_more_row_groups_are_kept_than_asked_for(store: Watched, texts: Path, tokenizer: Any, tokenizer_folder: Path) -> None:

@@ -11,6 +11,8 @@ Invariants:
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,27 +121,31 @@ def _stored_sha256(store: ObjectStore, key: str, size_bytes: int) -> str:
 
 
 class ShardReader:
-    """Reads the row groups of one shard. Raises `DataError` if its object is missing or damaged."""
+    """Reads the row groups of one shard, in any number of threads. Raises `DataError` if its object is missing or damaged."""
 
     def __init__(self, store: ObjectStore, info: DatasetInfo, shard: Shard) -> None:
-        self._info, self._shard = info, shard
-        source = pa.PythonFile(_ObjectFile(store, shard), mode="r")
-        try:
-            self._file = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
-        except ObjectNotFoundError as error:
-            raise missing(info, shard.key) from error
-        except (pa.ArrowException, OSError) as error:
-            raise damaged(info, shard.key) from error
+        self._store, self._info, self._shard = store, info, shard
+        with self._errors():
+            self._footer = self._open(None).metadata
 
     def read(self, row_group: int) -> Samples:
         """Every sample of a row group of this shard."""
-        try:
-            table = self._file.read_row_group(row_group, use_threads=False)
+        with self._errors():
+            table = self._open(self._footer).read_row_group(row_group, use_threads=False)
             return Samples(
                 _matrix(table, "tokens", np.int32, self._info.sequence_length),
                 _matrix(table, "loss_mask", np.bool_, self._info.sequence_length),
                 _matrix(table, "documents", np.int32, self._info.sequence_length),
             )
+
+    def _open(self, footer: pq.FileMetaData | None) -> pq.ParquetFile:
+        source = pa.PythonFile(_ObjectFile(self._store, self._shard), mode="r")
+        return pq.ParquetFile(source, metadata=footer, pre_buffer=True, page_checksum_verification=True)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except ObjectNotFoundError as error:
             raise missing(self._info, self._shard.key) from error
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:

@@ -44,7 +44,9 @@ from tidepool.training.pins import Pins, base_source, check_worker, write_docume
 from tidepool.training.state import Tensors, tensors_digest
 
 _logger = logging.getLogger(__name__)
-_ROW_GROUPS_CACHED = 32
+_CACHE_BYTES = 256 * 2**20
+_MAX_ROW_GROUPS_CACHED = 32
+"""Twice the window of the global order, so that the next window can be read ahead while this one is in use."""
 
 
 @dataclass(frozen=True)
@@ -131,11 +133,12 @@ def _build_loop(task: Task, parts: _Parts, store: ObjectStore, group: Group, sin
         checkpoints.retain(spec.checkpoint.keep)
         _logger.info("committed step %d of run %s as %s", step, spec.run, made.name)
 
+    cached = max(1, min(_MAX_ROW_GROUPS_CACHED, _CACHE_BYTES // parts.info.row_group_bytes))
     loop = StepLoop(
         spec=spec,
         model=parts.model,
-        train=Dataset(store, parts.info, "train", _ROW_GROUPS_CACHED),
-        held_out=Dataset(store, parts.info, "held_out", _ROW_GROUPS_CACHED),
+        train=Dataset(store, parts.info, "train", cached),
+        held_out=Dataset(store, parts.info, "held_out", cached),
         group=group,
         dtype=resolve_dtype(spec.training.precision, next(parts.model.parameters()).device),
         sink=sink,
