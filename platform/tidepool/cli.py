@@ -1,4 +1,4 @@
-"""The `tidepool` command: the registry, and a local cluster. Training is submitted with `ray job submit` (see jobs/).
+"""The `tidepool` command: the registry, datasets, and a local cluster. Training is submitted with `ray job submit` (see jobs/).
 
 Exit status: 0 done, 1 an error (one message says what to do), 2 a command line that makes no sense.
 """
@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tidepool import __version__, local_cluster
+from tidepool.data_commands import add_data_commands
 from tidepool.errors import ClusterError, SpecError, TidepoolError
 from tidepool.registry import ModelVersion, Registry
 from tidepool.specs import STORE_VARIABLE
-from tidepool.storage import open_store
+from tidepool.storage import ObjectStore, open_store
 
 _CLUSTER_FILE = Path(".tidepool/cluster.json")
 _LOCAL_STORE = Path(".tidepool/store")
+_DEFAULT_STORE = f"default: ${STORE_VARIABLE}, else the store of the cluster that `tidepool up` started here"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tidepool {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_models(commands.add_parser("models", help="list, show, promote and roll back published models"))
+    inspect = add_data_commands(commands.add_parser("data", help="look at prepared datasets"), _store)
+    _add_store(inspect, _DEFAULT_STORE)
     up = commands.add_parser("up", help="start a Ray cluster on this machine and serve what is published in its store")
     _add_store(up, f"default: ${STORE_VARIABLE}, else a local directory, {_LOCAL_STORE}")
     up.add_argument("--num-cpus", type=int, default=4, help="logical CPUs: how many workers and replicas fit at a time (default: 4)")
@@ -60,7 +64,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     rollback.add_argument("--alias", default="production")
     rollback.set_defaults(run=_rollback)
     for command in (listing, show, promote, rollback):
-        _add_store(command, f"default: ${STORE_VARIABLE}, else the store of the cluster that `tidepool up` started here")
+        _add_store(command, _DEFAULT_STORE)
 
 
 def _add_store(parser: argparse.ArgumentParser, default: str) -> None:
@@ -68,12 +72,16 @@ def _add_store(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _registry(options: argparse.Namespace) -> Registry:
+    return Registry(_store(options))
+
+
+def _store(options: argparse.Namespace) -> ObjectStore:
     url = options.store or os.environ.get(STORE_VARIABLE)
     if url is None and (cluster := local_cluster.load(_CLUSTER_FILE)) is not None:
         url = cluster.store_url
     if url is None:
         raise SpecError(f"Which store? Give --store s3://bucket/prefix (or file:///folder), or set {STORE_VARIABLE}.")
-    return Registry(open_store(url))
+    return open_store(url)
 
 
 def _list_models(options: argparse.Namespace) -> None:
