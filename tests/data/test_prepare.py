@@ -29,11 +29,13 @@ class Watched:
     def __init__(self, store: ObjectStore) -> None:
         self.inner, self.url = store, store.url
         self.gets: list[tuple[str, int]] = []
+        self.tried: set[str] = set()
         self.num_puts, self.fail_after_puts = 0, 10**9
 
     def put_if_absent(self, key: str, data: bytes | Path) -> None:
         if self.num_puts >= self.fail_after_puts:
             raise StoreUnreachableError("the store is gone")
+        self.tried.add(key)
         self.inner.put_if_absent(key, data)
         self.num_puts += 1
 
@@ -437,6 +439,7 @@ def test_a_preparation_that_was_killed_goes_on_with_what_it_wrote(tmp_path: Path
     for key, before in written.items():
         now = (tmp_path / "killed" / key).stat()
         assert (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "used as it was, not written again"
+    assert store.tried == {entry.key for entry in store.list("")} - written.keys(), "nor uploaded again"
     undisturbed = Watched(open_store(f"memory://{uuid.uuid4().hex}"))
     assert prepare(spec, tokenizer, tokenizer_folder, undisturbed) == resumed
     mine, theirs = ({key: data for key, data in everything(one).items() if "/versions/" not in key} for one in (store, undisturbed))

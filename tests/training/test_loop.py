@@ -1,5 +1,6 @@
 """The step loop in one process: what it computes, what interruption changes (nothing), and what it refuses."""
 
+import dataclasses
 import math
 import threading
 from pathlib import Path
@@ -18,7 +19,7 @@ from tidepool.registry import Registry
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, get_json, open_store
 from tidepool.telemetry import MemorySink
-from tidepool.training import loop, numerics
+from tidepool.training import loop, numerics, worker
 from tidepool.training.batch import shard_samples
 from tidepool.training.loop import derived_seed
 from tidepool.training.worker import Outcome, read_result
@@ -225,6 +226,19 @@ def test_however_a_run_ends_it_reads_no_more(prepared: str, run_name: str, ends:
     else:
         train_here(spec, lambda step, _: ends == "asked to stop" and step >= 1)
     assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_what_is_kept_of_the_data_is_bounded_in_bytes(store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
+    info = find_dataset(store, "tides")
+    window = info.layout("train").window
+    assert worker._num_row_groups_cached(info) == 2 * window
+    assert not caplog.records
+    long = dataclasses.replace(info, sequence_length=2**20, samples_per_row_group=16)
+    kept = worker._num_row_groups_cached(long)
+    assert 1 <= kept < window
+    assert kept * long.row_group_bytes <= 2**30
+    assert f"take 144 MiB each, so that only {kept} of the {window}" in caplog.text
+    assert "fewer samples_per_row_group" in caplog.text
 
 
 def test_old_checkpoints_are_removed(prepared: str, run_name: str, store: ObjectStore) -> None:

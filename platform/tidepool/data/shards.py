@@ -97,15 +97,23 @@ class ShardWriter:
 
 
 def put_same(store: ObjectStore, key: str, path: Path, size_bytes: int, sha256: str) -> None:
-    """Put a file unless the object is there with the same bytes. Raises `DataError` if it is there with others."""
+    """Put a file unless the object is there with the same bytes. Raises `DataError` if it is there with others.
+
+    What is there is looked at first: a preparation that goes on after a kill uploads nothing twice.
+    """
+    found: str | None = None
     try:
-        store.put_if_absent(key, path)
-    except ObjectExistsError:
-        if _stored_sha256(store, key, size_bytes) != sha256:
-            raise DataError(
-                f"{key} in {store.url} was left there with other bytes by a preparation that did not finish (damaged, or written by "
-                "another version of pyarrow): delete it from the store and run jobs/prepare.py again."
-            ) from None
+        found = _stored_sha256(store, key, size_bytes)
+    except ObjectNotFoundError:
+        try:
+            store.put_if_absent(key, path)
+        except ObjectExistsError:  # another preparation of the same was first
+            found = _stored_sha256(store, key, size_bytes)
+    if found not in (None, sha256):
+        raise DataError(
+            f"{key} in {store.url} was left there with other bytes by a preparation that did not finish (damaged, or written by "
+            "another version of pyarrow): delete it from the store and run jobs/prepare.py again."
+        )
     stored = store.size(key)
     if stored != size_bytes:
         raise StoreError(f"{store.url} holds {stored} bytes of {key} after a put of {size_bytes}: this store loses data; use another.")
