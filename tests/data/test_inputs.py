@@ -2,6 +2,7 @@
 
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tidepool.data import prepare
 from tidepool.data.inputs import list_inputs
 from tidepool.data.rows import Document
 from tidepool.data.sources import Skipped, read_documents
 from tidepool.errors import DataError
 from tidepool.specs import DataSpec, parse_spec
+from tidepool.storage import open_store
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 MESSAGE = pa.struct([("role", pa.string()), ("content", pa.string()), ("weight", pa.int8())])
@@ -168,6 +171,16 @@ def test_a_url_gives_what_the_folder_gives(tree: Path, url: str, choice: dict[st
 def test_a_url_can_be_one_file(url: str) -> None:
     found, _ = read(make_spec(f"{url}/b/c.txt"))
     assert [(document.place, document.text) for document in found] == [("c.txt", "text of c")]
+
+
+def test_a_dataset_made_from_a_url_is_the_one_made_from_the_folder(tree: Path, url: str, tokenizer: Any, tokenizer_folder: Path) -> None:
+    digests = []
+    for path in (tree, url):
+        store = open_store(f"memory://{uuid.uuid4().hex}")
+        spec = make_spec(path, glob="*.parquet", format="parquet").model_copy(update={"held_out_fraction": 0.0})
+        info = prepare(spec, tokenizer, tokenizer_folder, store)
+        digests.append((info.digest, [shard.sha256 for shard in info.splits["train"].shards]))
+    assert digests[0] == digests[1]
 
 
 def test_a_listing_is_never_an_old_one(tree: Path, s3_url: str) -> None:
