@@ -40,7 +40,7 @@ from tidepool.training.sharding import owned_shards
 
 _LATENCY_S, _STEP_S = 0.05, 0.1
 _NUM_WORKERS = 4
-_BATCH_CHARACTERS = 2**19
+_BATCH_CHARACTERS = 2**18
 _TIMEOUT_S = 600
 TRAINING = TrainingSpec(steps=1, global_batch_size=32, num_shards=8)
 Row = dict[str, Any]
@@ -223,7 +223,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="less text, fewer steps, one run")
     options = parser.parse_args()
-    num_runs, num_steps, max_bytes = (1, 40, 2_000_000) if options.quick else (5, 200, 6_000_000)
+    num_runs, num_steps, max_bytes = (1, 40, 2_000_000) if options.quick else (5, 200, 3_000_000)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     with tempfile.TemporaryDirectory(prefix="tidepool-bench-") as folder:
         corpus = Corpus(Path(folder), max_bytes)

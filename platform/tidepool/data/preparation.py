@@ -11,7 +11,7 @@ Invariants:
 - An input's weight decides how often its documents are read for training, never whether they are held out. A document that is
   read more than once is read in passes over all inputs, so that its copies lie far apart.
 - A dataset of which more than `max_skipped_fraction` had to be skipped is refused.
-- Memory holds two batches of documents, the open samples and one row group per split; the corpus passes through.
+- Memory holds a few batches of documents, the open samples and one row group per split; the corpus passes through.
 """
 
 import hashlib

@@ -16,8 +16,9 @@ turn by turn, and a template that renders earlier turns differently later on is 
 """
 
 import re
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,9 @@ from tidepool.errors import DataError
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _BATCH_DOCUMENTS = 1024
-_BATCH_CHARACTERS = 2**19
+_BATCH_CHARACTERS = 2**18
+_BATCHES_AHEAD = 4
+"""Enough to go on while a shard is written and synced."""
 
 Span = tuple[int, int]
 """The characters `start` to `stop - 1` of a text."""
@@ -188,15 +191,16 @@ class Encoder:
 
 
 def encode_ahead(encoder: Encoder, documents: Iterable[Document]) -> Generator[tuple[Document, Encoded | Unusable], None, None]:
-    """Every document with its tokens, in order; one batch is encoded in a thread while the batch before it is used."""
+    """Every document with its tokens, in order; a thread encodes a few batches ahead while those before are used."""
     with ThreadPoolExecutor(1, thread_name_prefix="encode") as pool:
-        before: list[Document] = []
-        pending = pool.submit(encoder.encode, before)
+        ahead: deque[tuple[list[Document], Future[list[Encoded | Unusable]]]] = deque()
         for batch in _batches(documents):
-            following = pool.submit(encoder.encode, batch)
-            yield from zip(before, pending.result(), strict=True)
-            before, pending = batch, following
-        yield from zip(before, pending.result(), strict=True)
+            ahead.append((batch, pool.submit(encoder.encode, batch)))
+            if len(ahead) > _BATCHES_AHEAD:
+                used, encoded = ahead.popleft()
+                yield from zip(used, encoded.result(), strict=True)
+        for used, encoded in ahead:
+            yield from zip(used, encoded.result(), strict=True)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
