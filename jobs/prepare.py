@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 
 from tidepool.data import DatasetInfo, Progress, prepare, sample_texts
 from tidepool.errors import TidepoolError
-from tidepool.models import copy_tokenizer, fetch_model, find_model, load_tokenizer, train_tokenizer
+from tidepool.models import copy_tokenizer, fetch_model, find_model, load_tokenizer, train_tokenizer, use_chat_template
 from tidepool.specs import DataSpec, load_spec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.telemetry import configure_logging
@@ -60,6 +60,8 @@ def make_tokenizer(spec: DataSpec, store: ObjectStore, folder: Path, cache: Path
     if of is not None:
         print(f"Taking the tokenizer of {of}", flush=True)
         copy_tokenizer(fetch_model(find_model(of, store), store, cache), folder)
+    if spec.tokenizer.chat_template is not None:
+        use_chat_template(folder, spec.tokenizer.chat_template)
 
 
 def print_progress(progress: Progress) -> None:

@@ -1,4 +1,4 @@
-"""The `tidepool` command: the registry, checks of a store, and a local cluster. Training is submitted with `ray job submit` (see jobs/).
+"""The `tidepool` command: models, datasets, stores, and a local cluster. Training is submitted with `ray job submit` (see jobs/).
 
 Exit status: 0 done, 1 an error (one message says what to do), 2 a command line that makes no sense.
 """
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tidepool import __version__, local_cluster
+from tidepool.data_commands import add_data_commands
 from tidepool.errors import ClusterError, SpecError, TidepoolError
 from tidepool.model_commands import add_model_commands
 from tidepool.registry import ModelVersion, Registry
@@ -19,6 +20,7 @@ from tidepool.store_commands import add_store_commands
 
 _CLUSTER_FILE = Path(".tidepool/cluster.json")
 _LOCAL_STORE = Path(".tidepool/store")
+_DEFAULT_STORE = f"default: ${STORE_VARIABLE}, else the store of the cluster that `tidepool up` started here"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_models(commands.add_parser("models", help="list, show, promote and roll back published models; import, merge, export"))
     add_store_commands(commands.add_parser("store", help="check that an object store is fit for commits"))
+    inspect = add_data_commands(commands.add_parser("data", help="look at prepared datasets"), _store)
+    _add_store(inspect, _DEFAULT_STORE)
     up = commands.add_parser("up", help="start a Ray cluster on this machine and serve what is published in its store")
     _add_store(up, f"default: ${STORE_VARIABLE}, else a local directory, {_LOCAL_STORE}")
     up.add_argument("--num-cpus", type=int, default=4, help="logical CPUs: how many workers and replicas fit at a time (default: 4)")
@@ -63,7 +67,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     rollback.add_argument("--alias", default="production")
     rollback.set_defaults(run=_rollback)
     for command in (listing, show, promote, rollback, *add_model_commands(commands, _store)):
-        _add_store(command, f"default: ${STORE_VARIABLE}, else the store of the cluster that `tidepool up` started here")
+        _add_store(command, _DEFAULT_STORE)
 
 
 def _add_store(parser: argparse.ArgumentParser, default: str) -> None:

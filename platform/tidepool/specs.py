@@ -17,6 +17,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -83,12 +84,27 @@ class StoredSpec(Spec):
 # --- Data ------------------------------------------------------------------------------------------------------------
 
 
+Loss = Literal["assistant", "completion", "all"]
+
+
 class InputSpec(Spec):
-    """One folder or file to read. `text`: each file is a document. `jsonl`: each line has `text` or `messages`."""
+    """A file or folder to read, here or behind a URL (s3://, file://, whatever fsspec reads).
+
+    `text`: each file is a document. `jsonl` and `parquet`: each row is one (see `data.rows`). `loss`: which tokens of a row are
+    learned. `weight`: how often each document is read in an epoch (2.5: twice, and a fixed half of them once more).
+    """
 
     path: str
     glob: str = "**/*"
-    format: Literal["text", "jsonl"] = "text"
+    format: Literal["text", "jsonl", "parquet"] = "text"
+    loss: Loss = "assistant"
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+
+    @model_validator(mode="after")
+    def _no_secret(self) -> Self:
+        if "://" in self.path and "@" in urlsplit(self.path).netloc:
+            raise ValueError("`path` holds a user or a password: credentials come from the environment where the job runs")
+        return self
 
 
 class TrainTokenizerSpec(Spec):
@@ -99,10 +115,14 @@ class TrainTokenizerSpec(Spec):
 
 
 class TokenizerSpec(Spec):
-    """Where the tokenizer comes from: exactly one of `train` and `of` (a model: registry name, path, store URL, hub name)."""
+    """Where the tokenizer comes from: exactly one of `train` and `of` (a model: registry name, path, store URL, hub name).
+
+    `chat_template` takes the place of its own: a path, or the template's text (which holds `{{` or `{%`).
+    """
 
     train: TrainTokenizerSpec | None = None
     of: str | None = None
+    chat_template: str | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> Self:
@@ -119,6 +139,7 @@ class DataSpec(StoredSpec):
     tokenizer: TokenizerSpec
     sequence_length: Annotated[int, Field(ge=8, le=1_048_576)] = 1024
     held_out_fraction: Annotated[float, Field(ge=0.0, le=0.5)] = 0.01
+    max_skipped_fraction: Annotated[float, Field(ge=0.0, le=1.0)] = 0.05
     samples_per_row_group: Count = 64
     row_groups_per_shard: Count = 64
 

@@ -1,8 +1,13 @@
 """From text to a dataset in a store, and back: whole, repeatable, continued after an interruption."""
 
+import copy
 import json
+import signal
+import subprocess
+import sys
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +29,13 @@ class Watched:
     def __init__(self, store: ObjectStore) -> None:
         self.inner, self.url = store, store.url
         self.gets: list[tuple[str, int]] = []
+        self.tried: set[str] = set()
         self.num_puts, self.fail_after_puts = 0, 10**9
 
     def put_if_absent(self, key: str, data: bytes | Path) -> None:
         if self.num_puts >= self.fail_after_puts:
             raise StoreUnreachableError("the store is gone")
+        self.tried.add(key)
         self.inner.put_if_absent(key, data)
         self.num_puts += 1
 
@@ -240,6 +247,30 @@ def test_reading_in_the_global_order_fetches_each_row_group_once_in_a_few_ranges
     assert len(store.gets) <= 2 * num_shards + num_row_groups
 
 
+def test_threads_that_need_the_same_fetch_it_once_and_all_learn_of_an_error(
+    store: Watched, texts: Path, tokenizer: Any, tokenizer_folder: Path
+) -> None:
+    info = prepare(make_spec(texts), tokenizer, tokenizer_folder, store)
+    expected = Dataset(store, info, "train", 16).read(range(8)).tokens_NT
+    store.gets.clear()
+    Dataset(store, info, "train", 16).read(range(8))
+    num_gets = len(store.gets)
+    dataset = Dataset(store, info, "train", 16)
+    store.gets.clear()
+    shard = info.splits["train"].shards[0].key
+    data = store.inner.get(shard)
+    store.delete(shard)
+    with ThreadPoolExecutor(8) as pool:
+        for reading in [pool.submit(dataset.read, range(8)) for _ in range(16)]:
+            with pytest.raises(DataError, match="is missing from the store"):
+                reading.result()
+        store.put_if_absent(shard, data)
+        store.gets.clear()
+        for reading in [pool.submit(dataset.read, range(8)) for _ in range(16)]:
+            assert (reading.result().tokens_NT == expected).all()
+    assert len(store.gets) == num_gets
+
+
 def test_no_more_row_groups_are_kept_than_asked_for(store: Watched, texts: Path, tokenizer: Any, tokenizer_folder: Path) -> None:
     info = prepare(make_spec(texts), tokenizer, tokenizer_folder, store)
     dataset = Dataset(store, info, "train", cache_row_groups=1)
@@ -275,12 +306,144 @@ def test_chats_and_texts_make_one_dataset(store: Watched, tmp_path: Path, tokeni
     chat = [{"role": "user", "content": "what comes in?"}, {"role": "assistant", "content": "the tide"}]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": chat}) + "\n" + json.dumps({"text": "and goes"}) + "\nbad")
     spec = make_spec(tmp_path, inputs=[{"path": str(tmp_path / "rows.jsonl"), "format": "jsonl"}], held_out_fraction=0, sequence_length=64)
+    spec = spec.model_copy(update={"max_skipped_fraction": 0.5})
     info = prepare(spec, tokenizer, tokenizer_folder, store)
     samples = Dataset(store, info, "train", 1).read([0])
     targets = samples.loss_mask_NT[0]
     assert tokenizer.decode(samples.tokens_NT[0][targets & (samples.documents_NT[0] == 0)]) == "the tide<|im_end|>"
     assert tokenizer.decode(samples.tokens_NT[0][samples.documents_NT[0] == 1]) == "and goes<|endoftext|>"
     assert info.skipped_examples == ("rows.jsonl:3: not JSON",)
+
+
+def write_rows(path: Path, num_good: int, num_bad: int) -> Path:
+    path.write_text("".join([json.dumps({"text": f"tide {n}"}) + "\n" for n in range(num_good)] + ['{"txt": 1}\n'] * num_bad))
+    return path
+
+
+def rows_spec(*paths: Path, **changes: Any) -> DataSpec:
+    return make_spec(paths[0], **({"inputs": [{"path": str(path), "format": "jsonl"} for path in paths]} | changes))
+
+
+def test_too_many_bad_rows_are_refused_with_the_first_and_the_way_out(
+    store: Watched, tmp_path: Path, tokenizer: Any, tokenizer_folder: Path
+) -> None:
+    good, bad = write_rows(tmp_path / "good.jsonl", 50, 0), write_rows(tmp_path / "bad.jsonl", 40, 10)
+    assert parse_spec(rows_spec(good).model_dump(), DataSpec).max_skipped_fraction == 0.05
+    with pytest.raises(DataError) as caught:
+        prepare(rows_spec(good, bad), tokenizer, tokenizer_folder, store)
+    message = str(caught.value)
+    assert message.startswith("10 of 100 rows and files of dataset tides cannot be used, more than max_skipped_fraction (0.05) allows.")
+    assert 'bad.jsonl:41: expected {"text": ...}' in message
+    assert "Correct the inputs, or raise max_skipped_fraction in the spec" in message
+    with pytest.raises(DataError, match="No dataset tides"):
+        find_dataset(store, "tides")
+    left = everything(store)
+    info = prepare(rows_spec(good, bad, max_skipped_fraction=0.1), tokenizer, tokenizer_folder, store)
+    assert (info.num_read, info.num_skipped) == (100, 10)
+    assert left.items() <= everything(store).items(), "what the refused preparation wrote is used"
+    with pytest.raises(DataError, match="10 of 100 rows"):
+        prepare(rows_spec(good, bad, max_skipped_fraction=0.09), tokenizer, tokenizer_folder, store)
+
+
+def test_documents_that_the_template_refuses_count_once_whatever_their_weight(
+    store: Watched, tmp_path: Path, tokenizer: Any, tokenizer_folder: Path
+) -> None:
+    picky = copy.deepcopy(tokenizer)
+    picky.chat_template = "{{ raise_exception('no') }}"
+    chat = {"messages": [{"role": "assistant", "content": "hello"}]}
+    path = write_rows(tmp_path / "a.jsonl", 8, 1)
+    path.write_text(path.read_text() + json.dumps(chat))
+    spec = rows_spec(path, inputs=[{"path": str(path), "format": "jsonl", "weight": 3}], max_skipped_fraction=0.2, held_out_fraction=0)
+    info = prepare(spec, picky, tokenizer_folder, store)
+    assert (info.num_read, info.num_skipped, info.splits["train"].num_documents) == (10, 2, 24)
+    assert info.skipped_examples[1] == "a.jsonl:10: the chat template refuses it: no"
+
+
+def test_an_inputs_weight_is_how_often_it_is_read_and_decides_nothing_else(
+    store: Watched, tmp_path: Path, tokenizer: Any, tokenizer_folder: Path
+) -> None:
+    paths = {name: tmp_path / f"{name}.jsonl" for name in ("rare", "usual", "often")}
+    for name, path in paths.items():
+        path.write_text("".join(json.dumps({"text": f"{name}{n}."}) + "\n" for n in range(400)))
+
+    def prepared(**weights: float) -> tuple[str, str]:
+        inputs = [{"path": str(path), "format": "jsonl", "weight": weights.get(name, 1)} for name, path in paths.items()]
+        info = prepare(rows_spec(*paths.values(), inputs=inputs), tokenizer, tokenizer_folder, store)
+        return read_texts(store, info, "train", tokenizer), read_texts(store, info, "held_out", tokenizer)
+
+    even, even_held_out = prepared()
+    mixed, held_out = prepared(rare=0.25, often=2.5)
+    assert sorted(held_out.split(".")) == sorted(even_held_out.split("."))
+    counts = {name: [mixed.count(f"{name}{n}<") + mixed.count(f"{name}{n}.") for n in range(400)] for name in paths}
+    trained = {name: [f"{name}{n}." in even for n in range(400)] for name in paths}
+    allowed = {"rare": {0, 1}, "usual": {1}, "often": {2, 3}}
+    for name in paths:
+        seen = [count for count, is_trained in zip(counts[name], trained[name], strict=True) if is_trained]
+        assert set(seen) == allowed[name]
+        assert sum(seen) / len(seen) == pytest.approx({"rare": 0.25, "usual": 1, "often": 2.5}[name], abs=0.1)
+        assert not any(count for count, is_trained in zip(counts[name], trained[name], strict=True) if not is_trained)
+    first, last = mixed.index("often7."), mixed.rindex("often7.")
+    assert last - first > len(mixed) / 4, "copies lie far apart"
+
+
+def test_what_is_learned_and_how_often_is_part_of_the_digest(
+    store: Watched, tmp_path: Path, tokenizer: Any, tokenizer_folder: Path
+) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"tide {n}", "completion": " out"}) + "\n" for n in range(9)))
+    changes: list[dict[str, Any]] = [{}, {"loss": "all"}, {"weight": 2}]
+    specs = [rows_spec(path, inputs=[{"path": str(path), "format": "jsonl"} | change], held_out_fraction=0) for change in changes]
+    infos = [prepare(spec, tokenizer, tokenizer_folder, store) for spec in specs]
+    assert len({info.digest for info in infos}) == 3
+    targets, all_targets, twice = (info.splits["train"].num_target_tokens for info in infos)
+    assert targets == 9 * (len(tokenizer(" out")["input_ids"]) + 1) < all_targets
+    assert twice == 2 * targets
+
+
+KILLED = """
+import json, sys
+from pathlib import Path
+from tidepool.data import prepare
+from tidepool.models import load_tokenizer
+from tidepool.specs import DataSpec, parse_spec
+from tidepool.storage import open_store
+
+spec = parse_spec(json.loads(sys.argv[1]), DataSpec)
+def progress(done):
+    print(done, flush=True)
+    if done.num_documents >= 3000:
+        sys.stdin.read()  # for ever: this process goes no further
+
+prepare(spec, load_tokenizer(Path(sys.argv[2])), Path(sys.argv[2]), open_store(spec.store), progress)
+"""
+
+
+@pytest.mark.chaos
+def test_a_preparation_that_was_killed_goes_on_with_what_it_wrote(tmp_path: Path, tokenizer: Any, tokenizer_folder: Path) -> None:
+    """A real SIGKILL, with some shards in the store and one half written."""
+    path = write_rows(tmp_path / "rows.jsonl", 8_000, 0)
+    spec = rows_spec(path, store=(tmp_path / "killed").as_uri(), samples_per_row_group=16)
+    store = Watched(open_store(spec.store))
+    command = [sys.executable, "-c", KILLED, spec.model_dump_json(), str(tokenizer_folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert [process.stdout.readline()[:9] for _ in range(3)] == ["Progress("] * 3
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    written = {entry.key: (tmp_path / "killed" / entry.key).stat() for entry in store.list("")}
+    assert written
+    assert not any(key.endswith("manifest.json") for key in written)
+    with pytest.raises(DataError, match="No dataset tides"):
+        find_dataset(store, "tides")
+    resumed = prepare(spec, tokenizer, tokenizer_folder, store)
+    for key, before in written.items():
+        now = (tmp_path / "killed" / key).stat()
+        assert (now.st_ino, now.st_mtime_ns) == (before.st_ino, before.st_mtime_ns), "used as it was, not written again"
+    assert store.tried == {entry.key for entry in store.list("")} - written.keys(), "nor uploaded again"
+    undisturbed = Watched(open_store(f"memory://{uuid.uuid4().hex}"))
+    assert prepare(spec, tokenizer, tokenizer_folder, undisturbed) == resumed
+    mine, theirs = ({key: data for key, data in everything(one).items() if "/versions/" not in key} for one in (store, undisturbed))
+    assert mine == theirs
 
 
 def test_nothing_to_train_on_is_an_error(store: Watched, tmp_path: Path, tokenizer: Any, tokenizer_folder: Path) -> None:
@@ -333,7 +496,7 @@ def test_a_dataset_that_is_not_there_is_an_error_that_names_what_is(
 def test_a_manifest_that_cannot_be_read_is_an_error(store: Watched, texts: Path, tokenizer: Any, tokenizer_folder: Path) -> None:
     info = prepare(make_spec(texts), tokenizer, tokenizer_folder, store)
     key = f"{info.prefix}manifest.json"
-    for value, message in (({"format": 1}, "is damaged"), ({"format": 9}, "has format 9")):
+    for value, message in (({"format": 2}, "is damaged"), ({"format": 1}, r"has format 1, .*run jobs/prepare\.py again")):
         store.delete(key)
         put_json(store, key, value)
         with pytest.raises(DataError, match=message):

@@ -1,5 +1,6 @@
 """jobs/prepare.py end to end: the example runs as it stands, and each mistake is one clear message."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 import yaml
 
 from jobs import prepare as job
-from tidepool.data import fetch_tokenizer, find_dataset
-from tidepool.models import build_model, export_model
+from tidepool.data import Dataset, fetch_tokenizer, find_dataset
+from tidepool.models import build_model, export_model, load_tokenizer
 from tidepool.storage import open_store
 
 ROOT = Path(__file__).parents[2]
@@ -85,8 +86,42 @@ def test_the_tokenizer_of_a_model_is_its_own(
     assert files == {path.name: path.read_bytes() for path in tokenizer_folder.iterdir()}
 
 
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: "
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ m['content'] }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+def test_a_chat_template_of_the_spec_takes_the_place_of_the_tokenizers_own(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = {"messages": [{"role": "user", "content": "what? "}, {"role": "assistant", "content": "the tide"}]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(chat))
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    store, digests = open_store(url), []
+    for template in (None, TEMPLATE, str(tmp_path / "template.jinja")):
+        inputs = [{"path": str(tmp_path / "a.jsonl"), "format": "jsonl"}]
+        tokenizer = {"train": {"vocab_size": 300}, "chat_template": template}
+        assert (
+            run(make_spec(url, "", inputs=inputs, tokenizer=tokenizer, held_out_fraction=0, sequence_length=64), monkeypatch, tmp_path) == 0
+        )
+        digests.append(find_dataset(store, "tides").digest)
+    assert digests[0] != digests[1] == digests[2]
+    info = find_dataset(store, "tides")
+    made = load_tokenizer(fetch_tokenizer(store, info, tmp_path / "fetched"))
+    assert made.get_chat_template() == TEMPLATE, "what is trained on the dataset is asked in the same way"
+    sample = Dataset(store, info, "train", 1).read([0])
+    assert made.decode(sample.tokens_NT[0][sample.documents_NT[0] == 0]) == "user: what? assistant: the tide<|endoftext|>"
+    assert made.decode(sample.tokens_NT[0][sample.loss_mask_NT[0]]).strip() == "the tide<|endoftext|>"
+
+
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"inputs": [{"path": "nowhere"}]}, "There is no file or folder nowhere"),
+    ({"tokenizer": {"train": {"vocab_size": 300}, "chat_template": "no/such.jinja"}}, "Cannot read the chat template no/such.jinja"),
+    ({"inputs": [{"path": "s3://key:planted@bucket/x"}]}, "`path` holds a user or a password"),
+    ({"inputs": [{"path": "a.txt", "loss": "completions"}]}, "'assistant', 'completion' or 'all'"),
     ({"sequence_lenght": 16}, "did you mean `sequence_length`"),
     ({"tokenizer": {"of": "/nowhere"}}, "No model folder /nowhere"),
     ({"tokenizer": {"of": "nobody"}}, "No model nobody in the registry"),
@@ -105,3 +140,4 @@ def test_a_mistake_is_one_clear_message_and_exit_1(
     assert errors.startswith("error: ")
     assert message in errors
     assert "Traceback" not in errors
+    assert "planted" not in errors

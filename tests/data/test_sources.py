@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tidepool.data.sources import Document, Skipped, documents, is_in_fraction, list_inputs, read_documents, sample_texts
+from tidepool.data.inputs import list_inputs
+from tidepool.data.rows import EXPECTED, Document
+from tidepool.data.sources import Skipped, documents, is_in_fraction, read_documents, sample_texts
 from tidepool.errors import DataError
 from tidepool.specs import DataSpec, parse_spec
 
@@ -70,7 +72,7 @@ def test_jsonl_rows_are_documents_and_bad_rows_are_shown_with_their_line(tmp_pat
     assert skipped.num == 10
     shown = dict(example.split(": ", 1) for example in skipped.examples)
     assert shown["rows.jsonl:4"] == "not JSON"
-    assert shown["rows.jsonl:5"] == shown["rows.jsonl:12"] == 'expected {"text": ...} or {"messages": [...]}'
+    assert shown["rows.jsonl:5"] == shown["rows.jsonl:12"] == EXPECTED
     assert shown["rows.jsonl:8"] == "message 1 needs `role` and `content`, both strings"
     assert shown["rows.jsonl:9"] == "message 1 has keys that are not supported: tool_calls"
     assert shown["rows.jsonl:10"] == "no message of role `assistant` to learn from"

@@ -1,6 +1,8 @@
 """The step loop in one process: what it computes, what interruption changes (nothing), and what it refuses."""
 
+import dataclasses
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ import torch
 from tests.training.conftest import CONFIG, Killed, killer, make_run, prepare_dataset, publish_base, train_here
 from tidepool.checkpoint import RunLog
 from tidepool.data import Dataset, find_dataset
-from tidepool.errors import DataError, ModelError, NonFiniteError, NumericsError, SpecChangedError, SupersededError
+from tidepool.data.shards import ShardReader
+from tidepool.errors import DataError, ModelError, NonFiniteError, NumericsError, SpecChangedError, StoreUnreachableError, SupersededError
 from tidepool.models import load_model
 from tidepool.registry import Registry
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, get_json, open_store
 from tidepool.telemetry import MemorySink
-from tidepool.training import numerics
+from tidepool.training import loop, numerics, worker
 from tidepool.training.batch import shard_samples
 from tidepool.training.loop import derived_seed
 from tidepool.training.worker import Outcome, read_result
@@ -69,6 +72,7 @@ def test_it_learns_and_says_so(prepared: str, run_name: str, store: ObjectStore)
     steps = [step for step, values in sink.rows if "loss" in values]
     assert steps == list(range(1, 13))
     assert [step for step, values in sink.rows if "held_out_loss" in values] == [0, 4, 8, 12]
+    assert all(0 <= values["data_wait_s"] < values["step_time_s"] for _, values in sink.rows if "loss" in values)
     rates = [values["learning_rate"] for _, values in sink.rows if "loss" in values]
     assert rates[:3] == pytest.approx([0.005, 0.01, 0.01])
     version = Registry(store).resolve(run_name)
@@ -202,6 +206,39 @@ def test_a_driver_that_was_overtaken_stops(prepared: str, run_name: str) -> None
     with pytest.raises(SupersededError, match="taken over"):
         train_here(spec, beat)
     assert taken_over[0].finished
+
+
+@pytest.mark.parametrize("ends", ["well", "killed", "asked to stop", "without data"])
+def test_however_a_run_ends_it_reads_no_more(prepared: str, run_name: str, ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make_run(prepared, run_name, training={"steps": 100 if ends == "asked to stop" else 4})
+    if ends == "killed":
+        with pytest.raises(Killed):
+            train_here(spec, killer(2))
+    elif ends == "without data":
+
+        def unreachable(*_: object) -> None:
+            raise StoreUnreachableError("no answer")
+
+        monkeypatch.setattr(ShardReader, "read", unreachable)
+        monkeypatch.setattr(loop, "evaluate", lambda *_: 0.0)
+        with pytest.raises(StoreUnreachableError):
+            train_here(spec)
+    else:
+        train_here(spec, lambda step, _: ends == "asked to stop" and step >= 1)
+    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("prefetch")]
+
+
+def test_what_is_kept_of_the_data_is_bounded_in_bytes(store: ObjectStore, caplog: pytest.LogCaptureFixture) -> None:
+    info = find_dataset(store, "tides")
+    window = info.layout("train").window
+    assert worker._num_row_groups_cached(info) == 2 * window
+    assert not caplog.records
+    long = dataclasses.replace(info, sequence_length=2**20, samples_per_row_group=16)
+    kept = worker._num_row_groups_cached(long)
+    assert 1 <= kept < window
+    assert kept * long.row_group_bytes <= 2**30
+    assert f"take 144 MiB each, so that only {kept} of the {window}" in caplog.text
+    assert "fewer samples_per_row_group" in caplog.text
 
 
 def test_old_checkpoints_are_removed(prepared: str, run_name: str, store: ObjectStore) -> None:

@@ -2,19 +2,22 @@
 
 Invariants:
 - `read` gives the samples asked for, in the order asked for, whatever the cache holds.
-- At most `cache_row_groups` decoded row groups are kept (the least recently used goes first), and a few open shards.
+- At most `cache_row_groups` decoded row groups are kept (the least recently used goes first), and the footers of a few shards.
 - No shard is opened before one of its samples is asked for: counts come from the manifest.
+- Threads may read at the same time; what several of them need is fetched once.
 
 A `Dataset` holds the store's sockets: each process makes its own. Which samples to read is decided by `order`.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 import numpy as np
 
-from tidepool.data.manifest import DatasetInfo, SplitName
+from tidepool.data.manifest import BYTES_PER_TOKEN, DatasetInfo, SplitName
 from tidepool.data.order import Layout
 from tidepool.data.packing import Samples
 from tidepool.data.shards import ShardReader
@@ -34,6 +37,11 @@ class Dataset:
         self._row_groups: _Recent[Samples] = _Recent(cache_row_groups, self._read_row_group)
         self.layout: Layout = info.layout(split)
         """How the samples are stored, for `order.sample_at`."""
+
+    @property
+    def sample_bytes(self) -> int:
+        """What a sample takes in memory."""
+        return self._info.sequence_length * BYTES_PER_TOKEN
 
     def __len__(self) -> int:
         return self.layout.num_samples
@@ -62,17 +70,31 @@ class Dataset:
 
 
 class _Recent(Generic[_ValueT]):
-    """The values most recently used, at most `size` of them, by number."""
+    """The values most recently used, at most `size` of them, by number; one that several threads ask for is made once."""
 
     def __init__(self, size: int, make: Callable[[int], _ValueT]) -> None:
         self._size, self._make = size, make
-        self._values: OrderedDict[int, _ValueT] = OrderedDict()
+        self._values: OrderedDict[int, Future[_ValueT]] = OrderedDict()
+        self._lock = threading.Lock()
 
     def __getitem__(self, number: int) -> _ValueT:
-        if number in self._values:
+        with self._lock:
+            value = self._values.get(number)
+            is_known = value is not None
+            if value is None:
+                while len(self._values) >= self._size:
+                    self._values.popitem(last=False)
+                value = self._values[number] = Future()
             self._values.move_to_end(number)
-            return self._values[number]
-        while len(self._values) >= self._size:
-            self._values.popitem(last=False)
-        value = self._values[number] = self._make(number)
-        return value
+        if not is_known:
+            self._fill(number, value)
+        return value.result()
+
+    def _fill(self, number: int, value: "Future[_ValueT]") -> None:
+        try:
+            value.set_result(self._make(number))
+        except BaseException as error:  # noqa: BLE001  whatever it is, the threads that wait for this value must wake up
+            with self._lock:
+                if self._values.get(number) is value:  # the next one who asks tries again
+                    del self._values[number]
+            value.set_exception(error)

@@ -19,9 +19,12 @@ from tidepool.errors import DataError, ObjectNotFoundError
 from tidepool.registry import FileEntry, describe_folder, files_digest
 from tidepool.storage import ObjectStore, fill_folder, get_json, read_log
 
-FORMAT = 1
+FORMAT = 2
 WINDOW_ROW_GROUPS = 16
 """Row groups that a reader in the global order moves among at a time. Part of what a seed means: it never changes."""
+
+BYTES_PER_TOKEN = 9
+"""Of a sample in memory, see `packing.Samples`."""
 
 SplitName = Literal["train", "held_out"]
 _REF = re.compile(r"[a-z0-9][a-z0-9._-]*(@[0-9a-f]+)?")
@@ -61,6 +64,8 @@ class DatasetInfo:
     samples_per_row_group: int
     row_groups_per_shard: int
     splits: Mapping[str, Split]
+    num_read: int
+    """Rows and text files that were looked at, those that were skipped included; each counts once, whatever its weight."""
     num_skipped: int
     skipped_examples: tuple[str, ...]
 
@@ -73,6 +78,11 @@ class DatasetInfo:
     def prefix(self) -> str:
         """Where its objects stand in the store."""
         return dataset_prefix(self.name, self.digest)
+
+    @property
+    def row_group_bytes(self) -> int:
+        """What a row group takes in memory, decoded: tokens, mask and document numbers."""
+        return self.samples_per_row_group * self.sequence_length * BYTES_PER_TOKEN
 
     @property
     def num_samples(self) -> dict[str, int]:
@@ -113,7 +123,10 @@ def read_manifest(store: ObjectStore, name: str, digest: str) -> DatasetInfo | N
         return None
     try:
         if value["format"] != FORMAT:
-            raise DataError(f"{key} has format {value['format']}, this Tidepool reads {FORMAT}: use the version that prepared it.")
+            raise DataError(
+                f"{key} has format {value['format']}, this Tidepool reads {FORMAT}: run jobs/prepare.py again with the same spec and "
+                "text, or use the version that prepared it."
+            )
         return _from_json(value)
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{key} in {store.url} is damaged ({error!r}): delete it and run jobs/prepare.py again.") from error

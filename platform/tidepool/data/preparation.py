@@ -1,23 +1,31 @@
 """Preparing a dataset: documents in, packed token shards and a manifest out.
 
 Invariants:
-- The digest is a function of the text, the tokenizer and the numbers of the spec that shape the samples; where the input
-  stands, where the output goes and what the dataset is called do not matter. Preparing the same thing twice writes nothing.
-- The dataset exists when its manifest does, which is put after every object it names. Objects are never overwritten:
-  what an interrupted preparation left is taken over if it has the same bytes, and is an error if it does not.
+- The digest is a function of the text, the tokenizer (its chat template included) and what in the spec shapes the samples;
+  where the input stands, where the output goes and what the dataset is called do not matter. Preparing the same thing twice
+  writes nothing.
+- The dataset exists when its manifest does, which is put after every object it names. Objects are never overwritten: what a
+  killed preparation left is taken over if it has the same bytes, and is an error if it does not. So a preparation that was
+  killed and run again gives the digest and the bytes of one that was not.
 - A document is on the same side (train or held out) in every dataset with the same `held_out_fraction`: its content decides.
-- Memory holds one document, the open samples and one row group per split; the corpus passes through.
+- An input's weight decides how often its documents are read for training, never whether they are held out. A document that is
+  read more than once is read in passes over all inputs, so that its copies lie far apart.
+- A dataset of which more than `max_skipped_fraction` had to be skipped is refused.
+- Memory holds a few batches of documents, the open samples and one row group per split; the corpus passes through.
 """
 
 import hashlib
 import logging
+import math
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from tidepool.data.inputs import InputFile, list_inputs
 from tidepool.data.manifest import (
     FORMAT,
     DatasetInfo,
@@ -29,9 +37,10 @@ from tidepool.data.manifest import (
     versions_prefix,
 )
 from tidepool.data.packing import Packer
+from tidepool.data.rows import Document
 from tidepool.data.shards import ShardWriter, put_same
-from tidepool.data.sources import InputFile, Skipped, is_in_fraction, list_inputs, read_documents
-from tidepool.data.tokenization import Encoded, Encoder, UnusableDocumentError
+from tidepool.data.sources import Skipped, is_in_fraction, read_documents
+from tidepool.data.tokenization import Encoded, Encoder, Unusable, encode_ahead
 from tidepool.errors import DataError, ObjectExistsError
 from tidepool.registry import FileEntry, describe_folder, files_digest
 from tidepool.specs import DataSpec, canonical_json
@@ -66,6 +75,7 @@ def prepare(
         _logger.info("Dataset %s was prepared before from the same text and tokenizer: nothing to do", info.ref)
     else:
         info = _write(plan, Encoder(tokenizer), store, progress)
+    _check_skipped(spec, info.num_read, info.num_skipped, "; ".join(info.skipped_examples))
     _make_newest(store, info)
     return info
 
@@ -90,7 +100,7 @@ class _Plan:
 
     @cached_property
     def digest(self) -> str:
-        inputs = [[file.format, file.name, file.sha256] for file in self.files]
+        inputs = [[file.format, file.name, file.sha256, file.loss, file.weight] for file in self.files]
         return hashlib.sha256(canonical_json([FORMAT, self.shape, inputs, self.tokenizer_digest])).hexdigest()
 
     @property
@@ -135,17 +145,41 @@ class _SplitWriter:
         self._shards.add(sample)
 
 
+@dataclass
+class _Preparation:
+    """What a preparation has done so far."""
+
+    writers: dict[SplitName, _SplitWriter]
+    skipped: Skipped = field(default_factory=Skipped)
+    num_parsed: int = 0
+    num_refused: int = 0
+
+    @property
+    def num_read(self) -> int:
+        return self.num_parsed + self.skipped.num - self.num_refused
+
+    @property
+    def progress(self) -> Progress:
+        splits = self.writers.values()
+        return Progress(
+            sum(one.num_documents for one in splits),
+            sum(one.num_tokens for one in splits),
+            sum(one.num_samples for one in splits),
+            self.skipped.num,
+        )
+
+
 def _write(plan: _Plan, encoder: Encoder, store: ObjectStore, progress: Callable[[Progress], None]) -> DatasetInfo:
-    skipped = Skipped()
     with tempfile.TemporaryDirectory(prefix="tidepool-prepare-") as folder:
         names: tuple[SplitName, ...] = ("train", "held_out")
-        writers = {name: _SplitWriter(plan, store, Path(folder), name) for name in names}
+        work = _Preparation({name: _SplitWriter(plan, store, Path(folder), name) for name in names})
         try:
-            _write_documents(plan, encoder, writers, skipped, progress)
-            splits = {name: writer.finish() for name, writer in writers.items()}
+            _write_documents(plan, encoder, work, progress)
+            splits = {name: writer.finish() for name, writer in work.writers.items()}
         finally:
-            for writer in writers.values():
+            for writer in work.writers.values():
                 writer.close()
+    skipped = work.skipped
     if skipped.num:
         _logger.warning("Skipped %d files or rows that cannot be used: %s", skipped.num, skipped)
     if not splits["train"].num_samples:
@@ -153,41 +187,64 @@ def _write(plan: _Plan, encoder: Encoder, store: ObjectStore, progress: Callable
             f"The inputs of dataset {plan.spec.dataset} hold nothing to train on: {splits['held_out'].num_documents} documents are held "
             f"out, {skipped.num} files or rows cannot be used. {skipped}".rstrip()
         )
+    _check_skipped(plan.spec, work.num_read, skipped.num, str(skipped))
     for file in plan.tokenizer_files:
         put_same(store, f"{plan.prefix}tokenizer/{file.path}", plan.tokenizer_folder / file.path, file.size_bytes, file.sha256)
-    progress(_progress(writers, skipped))
-    return _put_manifest(plan, splits, skipped, store)
+    progress(work.progress)
+    return _put_manifest(plan, splits, work, store)
 
 
-def _write_documents(
-    plan: _Plan, encoder: Encoder, writers: dict[SplitName, _SplitWriter], skipped: Skipped, progress: Callable[[Progress], None]
-) -> None:
-    reported = _progress(writers, skipped)
-    for document in read_documents(plan.files, skipped):
-        try:
-            encoded = encoder.encode(document)
-        except UnusableDocumentError as error:
-            skipped.add(document.place, str(error))
-            continue
-        is_held_out = is_in_fraction(document.content_hash, plan.spec.held_out_fraction, "held out")
-        writers["held_out" if is_held_out else "train"].add(encoded)
-        now = _progress(writers, skipped)
-        if (
-            now.num_documents - reported.num_documents >= _REPORT_EVERY_DOCUMENTS
-            or now.num_tokens - reported.num_tokens >= _REPORT_EVERY_TOKENS
-        ):
-            progress(now)
-            reported = now
+def _write_documents(plan: _Plan, encoder: Encoder, work: _Preparation, progress: Callable[[Progress], None]) -> None:
+    reported = work.progress
+    with closing(encode_ahead(encoder, _documents(plan, work))) as encoded_documents:
+        for document, encoded in encoded_documents:
+            if isinstance(encoded, Unusable):
+                if document.copy == 0:
+                    work.skipped.add(document.place, encoded.reason)
+                    work.num_refused += 1
+                continue
+            work.writers[_split(plan.spec, document)].add(encoded)
+            now = work.progress
+            if (
+                now.num_documents - reported.num_documents >= _REPORT_EVERY_DOCUMENTS
+                or now.num_tokens - reported.num_tokens >= _REPORT_EVERY_TOKENS
+            ):
+                progress(now)
+                reported = now
 
 
-def _progress(writers: dict[SplitName, _SplitWriter], skipped: Skipped) -> Progress:
-    splits = writers.values()
-    return Progress(
-        sum(one.num_documents for one in splits), sum(one.num_tokens for one in splits), sum(one.num_samples for one in splits), skipped.num
-    )
+def _documents(plan: _Plan, work: _Preparation) -> Iterator[Document]:
+    """All documents as often as they are wanted, one pass over the inputs after the other."""
+    for number in range(max(math.ceil(file.weight) for file in plan.files)):
+        again = Skipped()  # what is skipped counts once
+        for document in read_documents([file for file in plan.files if file.weight > number], again if number else work.skipped):
+            work.num_parsed += number == 0
+            if number < _num_copies(plan.spec, document):
+                yield replace(document, copy=number)
 
 
-def _put_manifest(plan: _Plan, splits: dict[SplitName, Split], skipped: Skipped, store: ObjectStore) -> DatasetInfo:
+def _num_copies(spec: DataSpec, document: Document) -> int:
+    """How often a document is read in an epoch: its weight, where a fixed draw decides about the fraction of one."""
+    if _split(spec, document) == "held_out":
+        return 1
+    whole = int(document.weight)
+    return whole + is_in_fraction(document.content_hash, document.weight - whole, "mixture")
+
+
+def _split(spec: DataSpec, document: Document) -> SplitName:
+    return "held_out" if is_in_fraction(document.content_hash, spec.held_out_fraction, "held out") else "train"
+
+
+def _check_skipped(spec: DataSpec, num_read: int, num_skipped: int, examples: str) -> None:
+    if num_skipped > spec.max_skipped_fraction * num_read:
+        raise DataError(
+            f"{num_skipped} of {num_read} rows and files of dataset {spec.dataset} cannot be used, more than max_skipped_fraction "
+            f"({spec.max_skipped_fraction:g}) allows. The first of them: {examples}. Correct the inputs, or raise max_skipped_fraction in "
+            "the spec if all of these may be left out."
+        )
+
+
+def _put_manifest(plan: _Plan, splits: dict[SplitName, Split], work: _Preparation, store: ObjectStore) -> DatasetInfo:
     info = DatasetInfo(
         name=plan.spec.dataset,
         digest=plan.digest,
@@ -198,8 +255,9 @@ def _put_manifest(plan: _Plan, splits: dict[SplitName, Split], skipped: Skipped,
         samples_per_row_group=plan.spec.samples_per_row_group,
         row_groups_per_shard=plan.spec.row_groups_per_shard,
         splits={str(name): split for name, split in splits.items()},
-        num_skipped=skipped.num,
-        skipped_examples=tuple(skipped.examples),
+        num_read=work.num_read,
+        num_skipped=work.skipped.num,
+        skipped_examples=tuple(work.skipped.examples),
     )
     key = f"{plan.prefix}manifest.json"
     try:

@@ -11,6 +11,8 @@ Invariants:
 
 import hashlib
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,15 +97,23 @@ class ShardWriter:
 
 
 def put_same(store: ObjectStore, key: str, path: Path, size_bytes: int, sha256: str) -> None:
-    """Put a file unless the object is there with the same bytes. Raises `DataError` if it is there with others."""
+    """Put a file unless the object is there with the same bytes. Raises `DataError` if it is there with others.
+
+    What is there is looked at first: a preparation that goes on after a kill uploads nothing twice.
+    """
+    found: str | None = None
     try:
-        store.put_if_absent(key, path)
-    except ObjectExistsError:
-        if _stored_sha256(store, key, size_bytes) != sha256:
-            raise DataError(
-                f"{key} in {store.url} was left there with other bytes by a preparation that did not finish (damaged, or written by "
-                "another version of pyarrow): delete it from the store and run jobs/prepare.py again."
-            ) from None
+        found = _stored_sha256(store, key, size_bytes)
+    except ObjectNotFoundError:
+        try:
+            store.put_if_absent(key, path)
+        except ObjectExistsError:  # another preparation of the same was first
+            found = _stored_sha256(store, key, size_bytes)
+    if found not in (None, sha256):
+        raise DataError(
+            f"{key} in {store.url} was left there with other bytes by a preparation that did not finish (damaged, or written by "
+            "another version of pyarrow): delete it from the store and run jobs/prepare.py again."
+        )
     stored = store.size(key)
     if stored != size_bytes:
         raise StoreError(f"{store.url} holds {stored} bytes of {key} after a put of {size_bytes}: this store loses data; use another.")
@@ -119,27 +129,31 @@ def _stored_sha256(store: ObjectStore, key: str, size_bytes: int) -> str:
 
 
 class ShardReader:
-    """Reads the row groups of one shard. Raises `DataError` if its object is missing or damaged."""
+    """Reads the row groups of one shard, in any number of threads. Raises `DataError` if its object is missing or damaged."""
 
     def __init__(self, store: ObjectStore, info: DatasetInfo, shard: Shard) -> None:
-        self._info, self._shard = info, shard
-        source = pa.PythonFile(_ObjectFile(store, shard), mode="r")
-        try:
-            self._file = pq.ParquetFile(source, pre_buffer=True, page_checksum_verification=True)
-        except ObjectNotFoundError as error:
-            raise missing(info, shard.key) from error
-        except (pa.ArrowException, OSError) as error:
-            raise damaged(info, shard.key) from error
+        self._store, self._info, self._shard = store, info, shard
+        with self._errors():
+            self._footer = self._open(None).metadata
 
     def read(self, row_group: int) -> Samples:
         """Every sample of a row group of this shard."""
-        try:
-            table = self._file.read_row_group(row_group, use_threads=False)
+        with self._errors():
+            table = self._open(self._footer).read_row_group(row_group, use_threads=False)
             return Samples(
                 _matrix(table, "tokens", np.int32, self._info.sequence_length),
                 _matrix(table, "loss_mask", np.bool_, self._info.sequence_length),
                 _matrix(table, "documents", np.int32, self._info.sequence_length),
             )
+
+    def _open(self, footer: pq.FileMetaData | None) -> pq.ParquetFile:
+        source = pa.PythonFile(_ObjectFile(self._store, self._shard), mode="r")
+        return pq.ParquetFile(source, metadata=footer, pre_buffer=True, page_checksum_verification=True)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
         except ObjectNotFoundError as error:
             raise missing(self._info, self._shard.key) from error
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:

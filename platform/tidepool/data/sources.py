@@ -1,57 +1,30 @@
-"""The documents of a dataset's inputs, in a fixed order: text files and JSONL rows.
+"""The documents of a dataset's inputs, in a fixed order: text files, and rows of JSONL and Parquet.
 
 Invariants:
-- The same files give the same documents in the same order on every machine (inputs as listed, files sorted by name).
+- The same files give the same documents in the same order on every machine.
 - A file or row that cannot be used is counted and shown with its place and reason, never dropped in silence.
-- At most one text file, or one JSONL line, is held in memory at a time; the list of files is held whole.
-- A file that is not the one that was hashed when it was listed raises `DataError`: a digest never lies about its text.
+- At most one text file, one JSONL line or one record batch is held in memory at a time; the list of files is held whole.
 
-Formats: `text` (each file is a document) and `jsonl` (each line is `{"text": ...}` or `{"messages": [{"role", "content"}, ...]}`;
-other keys of a row are ignored, other keys of a message make the row unusable, because dropping them would change what it says).
+What a row may hold stands in `rows`; where the files are, in `inputs`.
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tidepool.data.inputs import InputFile, check_unchanged, list_inputs, open_input, open_seekable
+from tidepool.data.rows import COLUMNS, Document, parse_row
 from tidepool.errors import DataError
-from tidepool.specs import DataSpec, InputSpec, canonical_json
+from tidepool.specs import DataSpec
 
 _MAX_EXAMPLES = 10
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """A file to read; `name` is its path inside its input, so that moving the whole input changes nothing."""
-
-    path: Path
-    name: str
-    format: str
-    size_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True)
-class Document:
-    """Text, or the messages of a chat (each with `role` and `content`), and where it stands."""
-
-    place: str
-    text: str | None = None
-    messages: tuple[dict[str, str], ...] | None = None
-
-    @cached_property
-    def content_hash(self) -> bytes:
-        """sha256 of what the document says, wherever it stands."""
-        return hashlib.sha256(canonical_json([self.text, self.messages])).digest()
-
-    @property
-    def plain_text(self) -> str:
-        """All of its words, for training a tokenizer."""
-        return self.text if self.text is not None else "\n".join(message["content"] for message in self.messages or ())
+_BATCH_ROWS = 256
+_BUFFER_BYTES = 2**20
+"""Read at a time from a column of a Parquet file."""
 
 
 @dataclass
@@ -72,15 +45,10 @@ class Skipped:
         return "; ".join(self.examples) + more
 
 
-def list_inputs(spec: DataSpec) -> list[InputFile]:
-    """Every input file with the hash of its bytes. Raises `DataError` for a path that is missing, empty or unreadable."""
-    return [_describe(path, name, one.format) for one in spec.inputs for name, path in _find(one)]
-
-
 def read_documents(files: list[InputFile], skipped: Skipped) -> Iterator[Document]:
     """The documents of listed files in order; what cannot be used goes to `skipped`. Raises `DataError`."""
     for file in files:
-        yield from (_read_text if file.format == "text" else _read_jsonl)(file, skipped)
+        yield from _READERS[file.format](file, skipped)
 
 
 def documents(spec: DataSpec) -> Iterator[Document]:
@@ -103,109 +71,76 @@ def is_in_fraction(content_hash: bytes, fraction: float, purpose: str) -> bool:
     return int.from_bytes(draw[:8], "big") < fraction * 2**64
 
 
-def _find(one: InputSpec) -> list[tuple[str, Path]]:
-    root = Path(one.path)
-    try:
-        if root.is_file():
-            return [(root.name, root)]
-        if not root.is_dir():
-            raise DataError(f"There is no file or folder {one.path} (looked for {root.absolute()}): correct `path` in the spec's inputs.")
-        found = sorted((path.relative_to(root).as_posix(), path) for path in root.glob(one.glob) if path.is_file())
-    except (OSError, ValueError, NotImplementedError) as error:
-        raise DataError(f"Cannot list {one.glob!r} below {one.path}: {error}. Correct `path` or `glob` in the spec's inputs.") from error
-    if not found:
-        raise DataError(f"No file below {root.absolute()} matches {one.glob!r}: correct `path` or `glob` in the spec's inputs.")
-    return found
-
-
-def _describe(path: Path, name: str, format: str) -> InputFile:
-    try:
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            return InputFile(path, name, format, file.tell(), sha256)
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
 def _read_text(file: InputFile, skipped: Skipped) -> Iterator[Document]:
-    try:
-        data = file.path.read_bytes()
-    except OSError as error:
-        raise _unreadable(file.path, error) from error
-    _check_unchanged(file, hashlib.sha256(data).hexdigest())
+    with open_input(file) as stream:
+        data = stream.read()
+    check_unchanged(file, hashlib.sha256(data).hexdigest())
     try:
         text = data.decode()
     except UnicodeDecodeError:
         skipped.add(file.name, "not UTF-8")
         return
     if text.strip():
-        yield Document(file.name, text=text)
+        yield Document(file.name, text=text, loss=file.loss, weight=file.weight)
     else:
         skipped.add(file.name, "empty")
 
 
 def _read_jsonl(file: InputFile, skipped: Skipped) -> Iterator[Document]:
     sha256 = hashlib.sha256()
-    try:
-        with file.path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                sha256.update(line)
-                if not line.strip():
-                    continue
-                place = f"{file.name}:{number}"
-                row = _parse_row(line, place)
-                if isinstance(row, Document):
-                    yield row
-                else:
-                    skipped.add(place, row)
-    except OSError as error:
-        raise _unreadable(file.path, error) from error
-    _check_unchanged(file, sha256.hexdigest())
+    with open_input(file) as lines:
+        for number, line in enumerate(lines, start=1):
+            sha256.update(line)
+            if line.strip():
+                yield from _usable(_parse_json(line), file, number, skipped)
+    check_unchanged(file, sha256.hexdigest())
 
 
-def _parse_row(line: bytes, place: str) -> Document | str:
-    """The document of a JSONL line, or the reason why there is none."""
+def _read_parquet(file: InputFile, skipped: Skipped) -> Iterator[Document]:
+    with open_seekable(file) as stream:
+        try:
+            rows = pq.ParquetFile(stream, buffer_size=_BUFFER_BYTES)
+            columns = [name for name in rows.schema_arrow.names if name in COLUMNS]
+            if not columns:
+                raise DataError(
+                    f"{file.where} has the columns {', '.join(rows.schema_arrow.names)}: a Parquet input needs `text`, `messages`, or "
+                    "`prompt` and `completion`. Rename its columns, or leave it out by `glob` in the spec's inputs."
+                )
+            number = 0
+            for batch in rows.iter_batches(_BATCH_ROWS, columns=columns, use_threads=False):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield from _usable(row, file, number, skipped)
+        except (pa.ArrowException, OSError) as error:  # OSError is what pyarrow raises for damaged pages
+            raise DataError(
+                f"{file.where} is not a Parquet file that can be read ({str(error).splitlines()[0]}): write it anew, or leave it out by "
+                "`glob` in the spec's inputs."
+            ) from error
+
+
+_READERS: dict[str, Callable[[InputFile, Skipped], Iterator[Document]]] = {
+    "text": _read_text,
+    "jsonl": _read_jsonl,
+    "parquet": _read_parquet,
+}
+
+
+class _NotJson:
+    """Stands for a line that holds no JSON value."""
+
+
+def _parse_json(line: bytes) -> object:
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except (ValueError, RecursionError):
-        return "not JSON"
-    if not isinstance(row, dict) or ("text" in row) == ("messages" in row):
-        return 'expected {"text": ...} or {"messages": [...]}'
-    if "messages" in row:
-        return _parse_messages(row["messages"], place)
-    if not isinstance(row["text"], str) or not row["text"].strip():
-        return "`text` is not a string with something in it"
-    return Document(place, text=row["text"]) if _is_unicode(row["text"]) else "not valid Unicode"
+        return _NotJson()
 
 
-def _parse_messages(messages: Any, place: str) -> Document | str:
-    if not isinstance(messages, list) or not messages:
-        return "`messages` is not a list with something in it"
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            return f"message {number} needs `role` and `content`, both strings"
-        if unknown := sorted(message.keys() - {"role", "content"}):
-            return f"message {number} has keys that are not supported: {', '.join(unknown)}"
-        if not _is_unicode(message["role"] + message["content"]):
-            return "not valid Unicode"
-    if not any(message["role"] == "assistant" for message in messages):
-        return "no message of role `assistant` to learn from"
-    return Document(place, messages=tuple(messages))
-
-
-def _is_unicode(text: str) -> bool:
-    """False for lone surrogates, which JSON can spell and no tokenizer can read."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _check_unchanged(file: InputFile, sha256: str) -> None:
-    if sha256 != file.sha256:
-        raise DataError(f"{file.path} changed while it was being prepared: run this again when nothing writes to it.")
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"Cannot read {path}: {error.strerror or error}. Make it readable, or leave it out by `glob` in the spec's inputs.")
+def _usable(row: object, file: InputFile, number: int, skipped: Skipped) -> Iterator[Document]:
+    """The document of row `number`, unless it has to be skipped."""
+    place = f"{file.name}:{number}"
+    parsed = "not JSON" if isinstance(row, _NotJson) else parse_row(row, place, file.loss, file.weight)
+    if isinstance(parsed, Document):
+        yield parsed
+    else:
+        skipped.add(place, parsed)

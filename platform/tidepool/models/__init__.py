@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     )
     from tidepool.models.scratch import build_model, new_config
     from tidepool.models.source import TOKENIZER_FILES, ModelSource, cache_folder, copy_files, copy_tokenizer, fetch_model, find_model
-    from tidepool.models.tokenizer import train_tokenizer
+    from tidepool.models.tokenizer import train_tokenizer, use_chat_template
 
 __all__ = [
     "TOKENIZER_FILES",
@@ -55,6 +55,7 @@ __all__ = [
     "packed_attention_mask",
     "packed_positions",
     "train_tokenizer",
+    "use_chat_template",
 ]
 
 _MODULES = {
@@ -75,7 +76,7 @@ _MODULES = {
     ),
     "scratch": ("build_model", "new_config"),
     "source": ("TOKENIZER_FILES", "ModelSource", "cache_folder", "copy_files", "copy_tokenizer", "fetch_model", "find_model"),
-    "tokenizer": ("train_tokenizer",),
+    "tokenizer": ("train_tokenizer", "use_chat_template"),
 }
 
 

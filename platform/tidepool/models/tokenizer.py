@@ -7,6 +7,7 @@ Invariants:
 """
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
@@ -54,6 +55,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
     )
+
+
+def use_chat_template(folder: Path, template: str) -> None:
+    """Give the tokenizer of a folder another chat template: the path of a file, or the text (which holds `{{` or `{%`).
+
+    It becomes one of the tokenizer's files, so it goes wherever the tokenizer goes: into the dataset, its digest, and the models
+    that are trained on it. Raises `ModelError`.
+    """
+    if "{{" not in template and "{%" not in template:
+        try:
+            template = Path(template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(
+                f"Cannot read the chat template {template}: {getattr(error, 'strerror', None) or error}. Give the path of a Jinja file, "
+                "or the template itself, as tokenizer.chat_template."
+            ) from error
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
 
 
 class _Counted:

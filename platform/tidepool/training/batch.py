@@ -4,13 +4,13 @@ Invariant: sample k of shard s at step t is the training split's sample number (
 global order, epoch after epoch: who computes the shard, and what was computed before, play no part.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tidepool.data import Dataset, Layout, sample_at
+from tidepool.data import Layout, Samples, sample_at
 from tidepool.specs import TrainingSpec
 
 
@@ -30,12 +30,12 @@ def shard_samples(step: int, shard: int, spec: TrainingSpec, seed: int, layout: 
     return [sample_at(seed, epoch, index, layout) for epoch, index in places]
 
 
-def read_batches(dataset: Dataset, samples: Sequence[int], batch_size: int, device: torch.device) -> Iterator[Batch]:
+def cut_batches(samples: Samples, batch_size: int, device: torch.device) -> Iterator[Batch]:
     """The samples, `batch_size` at a time (the last may be smaller)."""
-    for start in range(0, len(samples), batch_size):
-        read = dataset.read(samples[start : start + batch_size])
+    for start in range(0, len(samples.tokens_NT), batch_size):
+        rows = slice(start, start + batch_size)
         yield Batch(
-            torch.from_numpy(read.tokens_NT).to(device, torch.int64),
-            torch.from_numpy(read.loss_mask_NT).to(device),
-            torch.from_numpy(read.documents_NT).to(device, torch.int64),
+            torch.from_numpy(samples.tokens_NT[rows]).to(device, torch.int64),
+            torch.from_numpy(samples.loss_mask_NT[rows]).to(device),
+            torch.from_numpy(samples.documents_NT[rows]).to(device, torch.int64),
         )

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from tidepool.data import Dataset
 from tidepool.errors import DataError
-from tidepool.training.batch import read_batches
+from tidepool.training.batch import cut_batches
 from tidepool.training.group import Group
 from tidepool.training.objective import loss_sum, precision
 
@@ -32,7 +32,7 @@ def evaluate(model: PreTrainedModel, held_out: Dataset, num_samples: int, batch_
     with torch.no_grad(), precision(dtype, device):
         for i in range(group.rank, len(starts), group.size):
             samples = range(starts[i], min(starts[i] + batch_size, num_samples))
-            for batch in read_batches(held_out, samples, batch_size, device):
+            for batch in cut_batches(held_out.read(samples), batch_size, device):
                 sums_B2[i, 0] = loss_sum(model, batch).double()
                 sums_B2[i, 1] = batch.targets_NT.sum()
     model.train(was_training)

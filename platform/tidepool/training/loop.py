@@ -6,6 +6,7 @@ Invariants:
 - Every random number of a step is seeded by (seed, step, shard).
 - A loss or gradient norm that is not finite is never applied or committed.
 - All workers leave at the same step: a wish to stop rides in the step's own exchange.
+- Samples are read ahead of the step that needs them; which ones, and in what order, the step numbers alone decide.
 
 What is around it (devices, the store, who restarts it) is handed in.
 """
@@ -14,21 +15,24 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import torch
 from transformers import PreTrainedModel
 
-from tidepool.data import Dataset
+from tidepool.data import Dataset, Samples
 from tidepool.errors import NonFiniteError
 from tidepool.specs import RunSpec
 from tidepool.telemetry import Sink
-from tidepool.training.batch import read_batches, shard_samples
+from tidepool.training.batch import cut_batches, shard_samples
 from tidepool.training.evaluation import evaluate
 from tidepool.training.group import Group
 from tidepool.training.objective import loss_sum, precision
 from tidepool.training.optimizer import build_optimizer, clip, learning_rate, set_learning_rate
+from tidepool.training.prefetch import Prefetch
 from tidepool.training.reduction import GradientBuffers, reduce_gradients
+from tidepool.training.sharding import owned_shards
 from tidepool.training.state import History, Tensors, capture, install, trained_parameters
 
 Beat = Callable[[int, str], bool]
@@ -58,6 +62,7 @@ class StepLoop:
         self._parameters = trained_parameters(self.model)
         self._optimizer = build_optimizer(self._parameters, self.spec.training.optimizer)
         self._buffers = GradientBuffers(self._parameters, self.group.size)
+        self._data = Prefetch(self._read, self.spec.training.shard_size * self.train.sample_bytes)
         self._committed_step: int | None = None
 
     def restore(self, step: int, state: dict[str, Tensors]) -> None:
@@ -73,6 +78,13 @@ class StepLoop:
         """Take the steps that are left; returns False if somebody asked to stop first. The last state is committed."""
         training = self.spec.training
         self.model.train()
+        with closing(self._data):
+            self._data.plan(range(self.step, training.steps), owned_shards(self.group.rank, self.group.size, training.num_shards))
+            self._take_steps()
+        return self.step == training.steps
+
+    def _take_steps(self) -> None:
+        training = self.spec.training
         if not self.history.evaluations:
             self._evaluate()
         stopping = False
@@ -82,16 +94,16 @@ class StepLoop:
                 self._evaluate()
             if self.step % self.spec.checkpoint.every_steps == 0 or self.step == training.steps or stopping:
                 self._commit()
-        return self.step == training.steps
 
     def _step(self) -> bool:
         """One optimizer step; returns whether somebody wants the run to stop after it."""
-        started = time.monotonic()
+        started, waited_s = time.monotonic(), self._data.waited_s
         stop = self.beat(self.step, "step")
         spec = self.spec.training
         stats_S2 = torch.zeros(spec.num_shards + 1, 2, dtype=torch.float64, device=self._device)
         stats_S2[-1, 0] = float(stop)
         gradient = reduce_gradients(lambda shard: self._compute(shard, stats_S2), spec.num_shards, self._buffers, self.group)
+        stats_S2[-1, 1] = self._data.waited_s - waited_s
         self.group.all_reduce(stats_S2)
         stats = stats_S2.cpu()
         total, num_targets = stats[:-1].cumsum(0)[-1].tolist()
@@ -113,6 +125,7 @@ class StepLoop:
             "gradient_norm": norm,
             "learning_rate": rate,
             "step_time_s": elapsed_s,
+            "data_wait_s": float(stats[-1, 1]) / self.group.size,
             "targets_per_s": num_targets / elapsed_s,
         }
         self._record(values)
@@ -122,13 +135,15 @@ class StepLoop:
         """Add the gradient of one shard's summed loss to the parameters' `.grad`, and note the sum and its targets."""
         training = self.spec.training
         torch.manual_seed(derived_seed(self.spec.seed, self.step, shard))
-        samples = shard_samples(self.step, shard, training, self.spec.seed, self.train.layout)
-        for batch in read_batches(self.train, samples, training.micro_batch_size, self._device):
+        for batch in cut_batches(self._data.take(self.step, shard), training.micro_batch_size, self._device):
             with precision(self.dtype, self._device):
                 loss = loss_sum(self.model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
             stats_S2[shard, 0] += loss.detach().double()
             stats_S2[shard, 1] += batch.targets_NT.sum()
+
+    def _read(self, step: int, shard: int) -> Samples:
+        return self.train.read(shard_samples(step, shard, self.spec.training, self.spec.seed, self.train.layout))
 
     def _check_finite(self, loss: float, norm: float, sums_S: torch.Tensor) -> None:
         if math.isfinite(loss) and math.isfinite(norm):

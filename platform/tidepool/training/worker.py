@@ -45,7 +45,7 @@ from tidepool.training.pins import Pins, base_source, check_worker, write_docume
 from tidepool.training.state import Tensors, tensors_digest
 
 _logger = logging.getLogger(__name__)
-_ROW_GROUPS_CACHED = 32
+_CACHE_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -146,11 +146,12 @@ def _build_loop(task: Task, parts: _Parts, store: ObjectStore, group: Group, sin
         checkpoints.retain(spec.checkpoint.keep)
         _logger.info("committed step %d of run %s as %s", step, spec.run, made.name)
 
+    cached = _num_row_groups_cached(parts.info)
     loop = StepLoop(
         spec=spec,
         model=parts.model,
-        train=Dataset(store, parts.info, "train", _ROW_GROUPS_CACHED),
-        held_out=Dataset(store, parts.info, "held_out", _ROW_GROUPS_CACHED),
+        train=Dataset(store, parts.info, "train", cached),
+        held_out=Dataset(store, parts.info, "held_out", cached),
         group=group,
         dtype=resolve_dtype(spec.training.precision, next(parts.model.parameters()).device),
         sink=sink,
@@ -160,6 +161,19 @@ def _build_loop(task: Task, parts: _Parts, store: ObjectStore, group: Group, sin
     if (base := task.incarnation.base) is not None:
         loop.restore(base.step, {name: checkpoints.restore(base, name) for name in ("model", "optimizer", "history")})
     return loop
+
+
+def _num_row_groups_cached(info: DatasetInfo) -> int:
+    """Two windows of the global order, so that the next one can be read ahead while this one is in use; fewer if they are large."""
+    window = info.layout("train").window
+    fitting = _CACHE_BYTES // info.row_group_bytes
+    if fitting < window:
+        _logger.warning(
+            "row groups of dataset %s take %d MiB each, so that only %d of the %d that are read from at a time are kept: they will be "
+            "fetched again and again. Prepare the dataset with fewer samples_per_row_group.",
+            *(info.ref, info.row_group_bytes // 2**20, fitting, window),
+        )
+    return max(1, min(2 * window, fitting))
 
 
 def _finish(task: Task, parts: _Parts, loop: StepLoop, store: ObjectStore, folder: Path) -> dict[str, Any]:
