@@ -8,7 +8,6 @@ last line of the output names the dataset; a run's spec gives that name as its `
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from tidepool.data import DatasetInfo, Progress, prepare, sample_texts
 from tidepool.errors import TidepoolError
 from tidepool.models import copy_tokenizer, fetch_model, find_model, load_tokenizer, train_tokenizer, use_chat_template
+from tidepool.scratch import ScratchFolder
 from tidepool.specs import DataSpec, load_spec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.telemetry import configure_logging
@@ -44,7 +44,7 @@ def main() -> int:
 
 def prepare_dataset(spec: DataSpec, store: ObjectStore) -> DatasetInfo:
     """Train or fetch the tokenizer, then prepare the dataset with it."""
-    with tempfile.TemporaryDirectory(prefix="tidepool-tokenizer-") as folder:
+    with ScratchFolder("tokenizer") as folder:
         tokenizer_folder = Path(folder) / "tokenizer"
         make_tokenizer(spec, store, tokenizer_folder, Path(folder) / "models")
         return prepare(spec, load_tokenizer(tokenizer_folder), tokenizer_folder, store, print_progress)

@@ -3,11 +3,11 @@
 import argparse
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from tidepool.errors import SpecError
+from tidepool.scratch import ScratchFolder
 from tidepool.storage import ObjectStore
 
 
@@ -33,7 +33,7 @@ def _inspect(options: argparse.Namespace, store: ObjectStore) -> None:
     dataset = Dataset(store, info, options.split, cache_row_groups=1)
     numbers = range(min(options.num, len(dataset)))
     samples = dataset.read(numbers)
-    with tempfile.TemporaryDirectory(prefix="tidepool-inspect-") as folder:
+    with ScratchFolder("inspect") as folder:
         tokenizer = load_tokenizer(fetch_tokenizer(store, info, Path(folder)))
     use_color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     lines = summary(info, options.split)

@@ -18,7 +18,6 @@ Which steps are worth a checkpoint, and what is in one, is the caller's business
 
 import hashlib
 import logging
-import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
@@ -32,6 +31,7 @@ from torch import Tensor
 from tidepool.checkpoint.history import Commit, Entry, Incarnation, newest_incarnation, visible_commits
 from tidepool.checkpoint.run_log import RunLog
 from tidepool.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, StoreError, SupersededError
+from tidepool.scratch import ScratchFolder
 from tidepool.storage import ObjectStore, get_json, put_json
 
 _logger = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class Checkpoints:
         self._read_own_log()  # a writer that was taken over learns it before it uploads
         commit = Commit(self._incarnation.number, step, uuid.uuid4().hex[:16])
         prefix = _data_prefix(self._run, commit)
-        with tempfile.TemporaryDirectory(prefix="tidepool-checkpoint-") as folder:
+        with ScratchFolder("checkpoint") as folder:
             objects = [self._put_tensors(prefix, f"{name}.safetensors", part, Path(folder)) for name, part in sorted(tensors.items())]
         manifest = {"run": self._run, "step": step, "incarnation": commit.incarnation, "objects": objects, **details}
         put_json(self._store, f"{prefix}manifest.json", manifest)
@@ -136,7 +136,7 @@ class Checkpoints:
         entry = next((o for o in read_manifest(self._store, self._run, commit)["objects"] if o["name"] == f"{name}.safetensors"), None)
         if entry is None:
             raise _corrupt(self._run, commit, f"its manifest names no {name}.safetensors")
-        with tempfile.TemporaryDirectory(prefix="tidepool-restore-") as folder:
+        with ScratchFolder("restore") as folder:
             path = Path(folder) / entry["name"]
             with path.open("wb") as file:
                 for chunk in _verified_chunks(self._store, self._run, commit, entry):

@@ -17,7 +17,6 @@ Invariants:
 import hashlib
 import logging
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -43,6 +42,7 @@ from tidepool.data.sources import Skipped, is_in_fraction, read_documents
 from tidepool.data.tokenization import Encoded, Encoder, Unusable, encode_ahead
 from tidepool.errors import DataError, ObjectExistsError
 from tidepool.registry import FileEntry, describe_folder, files_digest
+from tidepool.scratch import ScratchFolder
 from tidepool.specs import DataSpec, canonical_json
 from tidepool.storage import ObjectStore, append, put_json, read_log
 
@@ -170,7 +170,7 @@ class _Preparation:
 
 
 def _write(plan: _Plan, encoder: Encoder, store: ObjectStore, progress: Callable[[Progress], None]) -> DatasetInfo:
-    with tempfile.TemporaryDirectory(prefix="tidepool-prepare-") as folder:
+    with ScratchFolder("prepare") as folder:
         names: tuple[SplitName, ...] = ("train", "held_out")
         work = _Preparation({name: _SplitWriter(plan, store, Path(folder), name) for name in names})
         try:

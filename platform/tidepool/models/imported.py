@@ -18,6 +18,7 @@ from tidepool.models.adapter import check_adapter, record_base, recorded_base
 from tidepool.models.pretrained import check_tokenizer, load_shapes, load_tokenizer, read_json, tensor_shapes
 from tidepool.models.source import TOKENIZER_FILES, ModelSource, download_folder, download_from_hub, fetch_model, find_model, model_files
 from tidepool.registry import ModelVersion, Registry
+from tidepool.scratch import ScratchFolder
 from tidepool.storage import ObjectStore, check_key, local_disk
 
 _MAX_JSON_BYTES = 256 * 2**20  # the largest tokenizer.json of the hub has some 40 MB
@@ -32,7 +33,7 @@ def import_model(ref: str, name: str, base_ref: str | None, alias: str | None, s
     base = _find_base(base_ref, store) if base_ref else None
     with (
         local_disk(Path(tempfile.gettempdir()), "set TMPDIR to a folder on a larger disk"),
-        tempfile.TemporaryDirectory(prefix="tidepool-import-") as temporary,
+        ScratchFolder("import") as temporary,
     ):
         staged = Path(temporary)
         origin = _stage(ref, staged)

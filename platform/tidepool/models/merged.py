@@ -18,6 +18,7 @@ from tidepool.errors import ModelError
 from tidepool.models.opened import OpenedModel, open_model
 from tidepool.models.pretrained import export_model, first_line
 from tidepool.registry import ModelVersion, Registry
+from tidepool.scratch import ScratchFolder
 from tidepool.storage import ObjectStore, local_disk
 
 
@@ -33,7 +34,7 @@ def merge_model(ref: str, name: str, alias: str | None, store: ObjectStore, cach
     assert opened.base is not None, version.ref
     with (
         local_disk(Path(tempfile.gettempdir()), "set TMPDIR to a folder on a larger disk"),
-        tempfile.TemporaryDirectory(prefix="tidepool-merge-") as folder,
+        ScratchFolder("merge") as folder,
     ):
         export_model(merge(opened), opened.tokenizer, Path(folder))
         return Registry(store).publish(

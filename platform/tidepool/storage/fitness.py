@@ -13,7 +13,6 @@ Invariants:
 import hashlib
 import os
 import random
-import tempfile
 import threading
 import time
 import uuid
@@ -25,6 +24,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from tidepool.errors import ObjectExistsError, ObjectNotFoundError, StoreError, StoreUnfitError, StoreUnreachableError
+from tidepool.scratch import ScratchFolder
 from tidepool.storage.base import ObjectStore
 from tidepool.storage.documents import put_json
 from tidepool.storage.urls import open_store
@@ -173,7 +173,7 @@ def _check_read_after_write(store: ObjectStore, prefix: str) -> _Result:
 
 def _check_multipart(store: ObjectStore, prefix: str) -> _Result:
     content = random.Random(0).randbytes(_LARGE_BYTES)
-    with tempfile.TemporaryDirectory(prefix="tidepool-check-") as folder:
+    with ScratchFolder("check") as folder:
         path = Path(folder) / "large"
         path.write_bytes(content)
         store.put_if_absent(f"{prefix}large", path)

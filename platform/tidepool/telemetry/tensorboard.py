@@ -6,13 +6,13 @@ incarnation, so those of a later one sort last and repeat the steps that were co
 """
 
 import logging
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
 from tidepool.errors import StoreError
+from tidepool.scratch import ScratchFolder
 
 _logger = logging.getLogger(__name__)
 
@@ -28,12 +28,12 @@ class TensorBoardSink:
         """`put` stores the file at a path under a key (a store's `put_if_absent`)."""
         self._put, self._prefix, self._incarnation = put, prefix, incarnation
         self._parts = 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: ScratchFolder | None = None
         self._writer: SummaryWriter | None = None
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="tidepool-tensorboard-")
+            self._folder = ScratchFolder("tensorboard")
             self._writer = SummaryWriter(self._folder.name)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)

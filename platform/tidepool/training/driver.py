@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 import tidepool
 from tidepool.checkpoint import Incarnation, claim_incarnation
 from tidepool.errors import ClusterError, RunError, SpecError, TidepoolError
+from tidepool.scratch import ScratchFolder
 from tidepool.specs import RunSpec, WorkersSpec
 from tidepool.storage import open_store
 from tidepool.telemetry import configure_logging
@@ -124,7 +124,7 @@ class Launcher:
         """Run one incarnation to its end; returns how it failed, None if it did not."""
         configure_logging()
         workers = task.spec.workers
-        with tempfile.TemporaryDirectory(prefix="tidepool-train-") as folder:
+        with ScratchFolder("train") as folder:
             trainer = TorchTrainer(
                 train_worker,
                 train_loop_config={"task": task, "versions": self._versions},

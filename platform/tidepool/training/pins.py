@@ -29,6 +29,7 @@ from tidepool.models import (
     new_config,
 )
 from tidepool.registry import Registry
+from tidepool.scratch import ScratchFolder
 from tidepool.specs import RunSpec, differences
 from tidepool.storage import ObjectStore, get_json, local_disk, put_json
 from tidepool.training.numerics import Fingerprint, check_fingerprint
@@ -65,7 +66,7 @@ def _check_fit(spec: RunSpec, info: DatasetInfo, source: ModelSource | None, sto
     """Check that model and dataset belong together, by their small files: before a worker is started. Raises `ModelError`."""
     with (
         local_disk(Path(tempfile.gettempdir()), "set TMPDIR to a folder on a larger disk"),
-        tempfile.TemporaryDirectory(prefix="tidepool-check-") as folder,
+        ScratchFolder("check") as folder,
     ):
         tokenizer = load_tokenizer(fetch_tokenizer(store, info, Path(folder)))
         if source is None:

@@ -34,6 +34,7 @@ from tidepool.models import (
     load_tokenizer,
 )
 from tidepool.registry import ModelVersion, Registry
+from tidepool.scratch import ScratchFolder
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, get_json, local_disk, open_store, put_json
 from tidepool.telemetry import FanOut, LogSink, Sink, TensorBoardSink
@@ -77,7 +78,7 @@ def run_task(task: Task, group: Group, device: torch.device, sinks: list[Sink], 
     # A run that fails flushes what it has measured on the way out: the last steps tell why.
     with (
         local_disk(Path(tempfile.gettempdir()), "set TMPDIR on the nodes to a folder on a larger disk"),
-        tempfile.TemporaryDirectory(prefix="tidepool-worker-") as folder,
+        ScratchFolder("worker") as folder,
         closing(tensorboard),
     ):
         with told_of_memory(who, device, lambda _: loading_advice(spec)):
