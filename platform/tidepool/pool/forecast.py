@@ -103,15 +103,16 @@ def _next(run: Run, granted: list[GrantGroup], asked: set[str], kinds: dict[str,
         waiting_since_s=None if has else (run.waiting_since_s if run.waiting_since_s is not None else then_s),
         started_s=then_s if has and not had else run.started_s,
         resized_s=then_s if size != staying(run) else run.resized_s,
-        held_s=_within_window(run, held_s + (seconds if has else 0.0), now_s, window_s),
+        held_s=_drop_old(run, held_s, now_s, seconds, window_s) + (seconds if has else 0.0),
         used_gpu_s=run.used_gpu_s + len(run.groups) * per_group * (then_s - run.as_of_s) + size * per_group * seconds,
         as_of_s=now_s,
     )
 
 
-def _within_window(run: Run, held_s: float, now_s: float, window_s: float) -> float:
-    """What of the time held is still in the window, taking the pauses to be spread evenly over the run's life."""
-    return held_s if now_s - run.submitted_s <= window_s else min(held_s, window_s)
+def _drop_old(run: Run, held_s: float, now_s: float, seconds: float, window_s: float) -> float:
+    """What of the time held is still in the window, taking the pauses to be spread evenly over it."""
+    dropped_s = min(seconds, max(0.0, now_s - run.submitted_s - window_s))
+    return held_s - dropped_s * min(1.0, held_s / window_s)
 
 
 def staying(run: Run) -> int:

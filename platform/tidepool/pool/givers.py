@@ -54,17 +54,19 @@ class Givers:
     def make_room(self, demand: Demand) -> list[Piece] | None:
         """Take room for the demand in what is free soon, and say which pieces must go for it; None if there is no way."""
         total = demand.groups * demand.workers
-        key = (id(demand.options), demand.can_pause)
-        if total >= self._failed.get(key, total + 1):
-            return None
         released = self._release(demand, total)
         if released is None:
-            self._failed[key] = total
+            self._failed[id(demand.options), demand.can_pause] = total
             return None
         taken = self._room.take(self._room.soon, demand.options, demand.groups, demand.workers)
         assert taken is not None
         self._failed.clear()
         return self._needed(released)
+
+    def has_failed(self, demand: Demand) -> bool:
+        """Whether as small a demand, of somebody who could take at least as much, has failed before."""
+        total = demand.groups * demand.workers
+        return total >= self._failed.get((id(demand.options), demand.can_pause), total + 1)
 
     def forget_failures(self) -> None:
         """Demands that may take from others follow: what failed before may succeed."""
@@ -84,7 +86,7 @@ class Givers:
         """Release pieces until the demand fits; all back and None if it does not."""
         room = self._room
         short = [total - room.soon.slots(classes) for classes in demand.options.classes]
-        units = [{number: each for number, each, _ in classes} for classes in demand.options.classes]
+        units = [{choice.number: choice.units for choice in classes} for classes in demand.options.classes]
         kinds = {kind: position for position, kind in enumerate(demand.options.kinds)}
         released: list[Piece] = []
         for piece in self._candidates(demand):
@@ -152,7 +154,7 @@ class Givers:
     @staticmethod
     def _can_give(piece: Piece) -> bool:
         holding = piece.holding
-        return not piece.is_released and not holding.is_paused and not holding.was_granted
+        return not piece.is_released and not holding.is_paused and not holding.was_granted and not holding.is_coming
 
     def _pieces(self) -> list[Piece]:
         if self._surplus is None:

@@ -53,21 +53,26 @@ def _grow(state: Round) -> list[Step]:
     ]
     heapify(heap)
     unmet: list[Step] = []
-    granted = 0
-    while heap and granted < state.rules.max_growth_groups:
+    failed: dict[int, int] = {}  # room only shrinks here: what did not fit does not fit later
+    while heap and not state.is_full:
         _, submitted_s, number, step = heappop(heap)
         holding, run = step.holding, step.holding.run
+        total = step.groups * run.workers_per_group
+        if total >= failed.get(id(holding.options), total + 1):
+            unmet.append(step)
+            continue
         if state.usage.training_over(run.project, step.groups * holding.gpus_per_group) is not None:
             continue
         spots = state.room.take(state.room.idle, holding.options, step.groups, run.workers_per_group)
         if spots is None:
             if state.room.take(state.room.soon, holding.options, step.groups, run.workers_per_group) is None:
+                failed[id(holding.options)] = total
                 unmet.append(step)
             continue
         why = reason("grow", run=run.name, held=holding.num_groups, size=step.size, speedup=step.speedup, gain=step.gain)
         state.decisions += [GrantGroup(run.name, state.room.names(spot), why) for spot in spots]
         state.usage.add_training(run.project, step.groups * holding.gpus_per_group)
-        granted += step.groups
+        state.num_granted += step.groups
         holding.num_groups = step.size
         holding.was_granted = True
         following = next_step(state, holding)
@@ -103,6 +108,7 @@ def _may_grow(state: Round, holding: Holding) -> bool:
     return (
         holding.num_groups < run.max_groups
         and holding.missing == 0
+        and not holding.is_coming
         and not holding.is_paused
         and run.name not in state.giving
         and state.now_s - run.resized_s >= state.rules.cooldown_s

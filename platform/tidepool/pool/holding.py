@@ -18,7 +18,7 @@ from tidepool.pool.speed import speed_at, useful_sizes
 
 @dataclass(slots=True)
 class Holding:
-    """One run in one round. `groups` are those that stay, `num_groups` counts what it was granted since, too."""
+    """One run in one round. `groups` are those that stay, `num_groups` also counts what it was granted since."""
 
     run: Run
     options: Options
@@ -29,6 +29,7 @@ class Holding:
     pieces: "list[Piece]" = field(default_factory=list)
     is_paused: bool = False
     was_granted: bool = False
+    is_coming: bool = False
 
     @property
     def missing(self) -> int:
@@ -64,6 +65,8 @@ def removal_order(holding: Holding, spot_nodes: frozenset[str]) -> list[Group]:
         on_spot = holding.run.tier == "basic" and any(node in spot_nodes for node, _ in group.places)
         return on_spot, group.granted_s, group.name
 
+    if len(holding.groups) < 2:
+        return holding.groups
     return sorted(holding.groups, key=key, reverse=True)
 
 

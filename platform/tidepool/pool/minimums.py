@@ -12,7 +12,7 @@ from tidepool.messages import AskBack, GrantGroup, Reason, Reservation, Wait
 from tidepool.pool import ranking
 from tidepool.pool.givers import Demand
 from tidepool.pool.holding import Holding
-from tidepool.pool.ranking import AGED, OWED, Power
+from tidepool.pool.ranking import AGED, OWED, STARVING, Power
 from tidepool.pool.reasons import reason
 from tidepool.pool.round import Round
 
@@ -21,15 +21,17 @@ def rank(state: Round, holding: Holding) -> tuple[Power, float, str]:
     """The order of runs that wait."""
     run = holding.run
     since_s = run.waiting_since_s if run.waiting_since_s is not None else state.now_s
-    return ranking.power(run, False, state.now_s, state.rules), since_s, run.name
+    return ranking.power(run, False, state.now_s, state.rules, state.is_overpromised), since_s, run.name
 
 
 def meet_minimums(state: Round) -> None:
     """Grant the mins of all runs that have less."""
     state.givers.forget_failures()
     ranked = sorted((rank(state, holding), number) for number, holding in enumerate(state.holdings) if holding.missing)
-    has_booked, standing = False, AGED
+    has_booked, standing = False, STARVING
     for (power, _, _), number in ranked:
+        if state.is_full:
+            break
         if power.standing != standing:
             standing = power.standing
             state.givers.forget_failures()
@@ -37,13 +39,20 @@ def meet_minimums(state: Round) -> None:
         if holding.is_paused or holding.missing == 0 or meet(state, holding, power):
             continue
         run = holding.run
-        is_within_quota = state.usage.training_over(run.project, holding.missing * holding.gpus_per_group) is None
-        if power.standing == AGED and not has_booked and is_within_quota:
+        if power.standing in {AGED, STARVING} and not has_booked and _may_book(state, holding):
             has_booked = True
             state.book(holding.options, holding.missing * run.workers_per_group)
         elif holding.groups and len(holding.groups) + len(holding.closing) < run.min_groups:
             why = reason("gang", run=run.name, held=len(holding.groups), min=run.min_groups)
             state.decisions += [AskBack(run.name, group.name, why) for group in holding.groups]
+
+
+def _may_book(state: Round, holding: Holding) -> bool:
+    """Whether it helps to keep what comes free for a run: its quota and the cluster must be able to hold it."""
+    run = holding.run
+    if state.usage.training_over(run.project, holding.missing * holding.gpus_per_group) is not None:
+        return False
+    return state.room.could_hold(holding.options, run.min_groups * run.workers_per_group)
 
 
 def meet(state: Round, holding: Holding, power: Power, reservation: Reservation | None = None) -> bool:
@@ -65,14 +74,17 @@ def meet(state: Round, holding: Holding, power: Power, reservation: Reservation 
     if spots:
         why = _grant_reason(state, holding, power, reservation)
         state.decisions += [GrantGroup(run.name, state.room.names(spot), why) for spot in spots]
+        state.num_granted += missing
+        holding.was_granted = True
+        state.fix_kind(holding, spots[0])
     elif is_coming:
         state.waits.append(Wait(run.name, missing, reason("coming", missing=missing)))
+        holding.is_coming = True
     else:
         if reservation is None:
             state.wait_for_room(run.name, missing, run.workers_per_group, run.worker, run.labels, holding.options)
         return False
     holding.num_groups += missing
-    holding.was_granted = True
     state.usage.add_training(run.project, missing * holding.gpus_per_group)
     return True
 
@@ -101,7 +113,7 @@ def _grant_reason(state: Round, holding: Holding, power: Power, reservation: Res
     waited_s = ranking.waited_s(run, state.now_s)
     if reservation is not None:
         return reason("reserved", run=run.name, project=run.project, reserved=reservation.gpus, reservation=reservation.name)
-    if power.standing == AGED:
+    if power.standing in {AGED, STARVING}:
         return reason("aged", run=run.name, waited_s=waited_s, aging_s=state.rules.aging_s)
     if power.standing == OWED and run.held_s:
         share = ranking.share(run, False, state.now_s, state.rules)

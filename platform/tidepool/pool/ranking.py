@@ -1,12 +1,13 @@
 """Who goes before whom, and who may be paused for whom. Pure.
 
-Of the runs that wait for their min, those go first that have waited too long; then those whose tier's guarantee would be
-broken; then by tier, by priority, by how little they have used, by how long they have waited.
+Of the runs that wait for their min, those go first whose tier's guarantee would be broken; then those that have waited too
+long; then by tier, by priority, by how little they have used, by how long they have waited. If more was guaranteed than the
+pool can hold, no order keeps every guarantee: then those that have waited too long come before all.
 
 Invariants:
 - A rank is a tuple that compares: the smaller one goes first. Its `power` (the rank without waiting time) decides who may
   take from whom, and only a strictly smaller one may: equals never take turns.
-- A run that holds its min is never `aged`: whoever waits long enough goes before all that hold.
+- A run that holds its min has not waited: whoever waits long enough goes before all that hold and can spare it.
 """
 
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from typing import NamedTuple
 from tidepool.messages import Run
 from tidepool.pool.rules import TIERS, Rules
 
-RESERVED, AGED, OWED, USUAL = range(4)
+RESERVED, STARVING, OWED, AGED, USUAL = range(5)
 
 _TIER_LEVEL = {tier: level for level, tier in enumerate(TIERS)}
 
@@ -33,13 +34,16 @@ STRONGEST = Power(-1, 0, 0, 0)
 WEAKEST = Power(USUAL + 1, 0, 0, 0)
 
 
-def power(run: Run, holds_min: bool, now_s: float, rules: Rules) -> Power:
+def power(run: Run, holds_min: bool, now_s: float, rules: Rules, is_overpromised: bool = False) -> Power:
     """The power of a run, whether it waits or holds its min."""
-    tier = _TIER_LEVEL[run.tier]
-    if not holds_min and waited_s(run, now_s) >= rules.aging_s:
+    is_aged = not holds_min and waited_s(run, now_s) >= rules.aging_s
+    if is_aged and is_overpromised:
+        return Power(STARVING, 0, 0, 0)
+    if is_owed(run, holds_min, now_s, rules):
+        return Power(OWED, _TIER_LEVEL[run.tier], -run.priority, band(run, now_s, rules))
+    if is_aged:
         return Power(AGED, 0, 0, 0)
-    standing = OWED if is_owed(run, holds_min, now_s, rules) else USUAL
-    return Power(standing, tier, -run.priority, band(run, now_s, rules))
+    return Power(USUAL, _TIER_LEVEL[run.tier], -run.priority, band(run, now_s, rules))
 
 
 def waited_s(run: Run, now_s: float) -> float:

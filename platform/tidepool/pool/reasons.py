@@ -1,13 +1,13 @@
 """The words of every reason. A template's fields are the facts that the decision was taken on; a test holds each to be true."""
 
 from tidepool.messages import Reason, Run
-from tidepool.pool.ranking import AGED, OWED, RESERVED, Power, used_gpu_s, waited_s
+from tidepool.pool.ranking import AGED, OWED, RESERVED, STARVING, Power, used_gpu_s, waited_s
 
 _WORDS = {
     # a group or replica is granted
     "min": "{run} ({tier}, priority {priority}) holds {held} of its min of {min} groups and waited {waited_s:.0f} s; there is room",
     "owed": "{run} held its min for {share:.1%} of the window and {tier} guarantees {guarantee:.0%}; there is room",
-    "aged": "{run} waited {waited_s:.0f} s; after {aging_s:.0f} s a run goes ahead of every tier, and there is room",
+    "aged": "{run} waited {waited_s:.0f} s; after {aging_s:.0f} s a run goes ahead of tiers and priorities, and there is room",
     "reserved": "{run} of project {project} takes its part of the {reserved} GPUs that {reservation} reserves",
     "grow": "no run lacks its min for this room; from {held} to {size} groups {run} gets {speedup:.2f} times as fast, "
     "{gain:.4f} per GPU in weighted log speed",
@@ -51,7 +51,7 @@ def rank_words(own: Power, run: Run | None, now_s: float) -> str:
         return "reserved"
     if run is None:
         return "serving"
-    if own.standing == AGED:
+    if own.standing in {AGED, STARVING}:
         return f"waited {waited_s(run, now_s):.0f} s, longer than any run has to"
     owed = "its guarantee is broken, " if own.standing == OWED else ""
     return f"{owed}{run.tier}, priority {run.priority}, {used_gpu_s(run, now_s) / 3600:.1f} GPU hours used"

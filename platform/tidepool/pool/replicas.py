@@ -14,7 +14,7 @@ def serve(state: Round) -> None:
     counts = state.num_replicas
     short = [(-d.priority, counts[d.name] / d.wanted, d.name, d) for d in state.snapshot.deployments if counts[d.name] < d.wanted]
     heapify(short)
-    while short:
+    while short and not state.is_full:
         _, _, name, deployment = heappop(short)
         if _start_one(state, deployment):
             counts[name] += 1
@@ -35,6 +35,7 @@ def _start_one(state: Round, deployment: Deployment) -> bool:
     spots, is_coming = state.claim(deployment.name, Demand(options, 1, 1, STRONGEST))
     if spots:
         why = reason("serve", deployment=deployment.name, wanted=deployment.wanted, held=held)
+        state.num_granted += 1
         state.decisions.append(StartReplica(deployment.name, state.room.names(spots[0])[0][0], why))
     elif is_coming:
         state.waits.append(Wait(deployment.name, 1, reason("coming", missing=1)))

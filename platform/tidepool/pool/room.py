@@ -12,8 +12,9 @@ Invariants:
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from tidepool.messages import Node, Places, Resources, Template
+from tidepool.messages import Group, Node, Places, Replica, Resources, Template
 
 Spot = tuple[tuple[int, int], ...]
 """A place by node numbers: pairs (node, workers)."""
@@ -36,12 +37,21 @@ class NodeClass:
         return self.gpus or self.cpus
 
 
+class Choice(NamedTuple):
+    """A class that a demand may go to: its number, units per worker, size of a node; those of rank 0 are preferred."""
+
+    number: int
+    units: int
+    size: int
+    rank: int
+
+
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The classes that a demand may go to, by kind, the preferred first: triples (class, units per worker, size)."""
+    """The classes that a demand may go to, by kind, the preferred first."""
 
     kinds: tuple[str, ...]
-    classes: tuple[tuple[tuple[int, int, int], ...], ...]
+    classes: tuple[tuple[Choice, ...], ...]
 
 
 def units_of(worker: Resources, place: NodeClass | Template) -> int:
@@ -63,6 +73,7 @@ class Index:
 
     def __init__(self, free: list[int], class_of: list[int], sizes: Sequence[int]) -> None:
         self.free = free
+        self.version = 0
         self._class_of = class_of
         self.stacks: list[list[list[int]]] = [[[] for _ in range(size + 1)] for size in sizes]
         for node, number in enumerate(class_of):
@@ -76,6 +87,7 @@ class Index:
         if number < 0:
             return
         old = self.free[node]
+        self.version += 1
         counts = self.counts[number]
         new = min(old + units, len(counts) - 1)  # a snapshot may say that more is held than there is
         assert new >= 0, (node, old, units)
@@ -84,10 +96,10 @@ class Index:
         self.stacks[number][new].append(node)
         self.free[node] = new
 
-    def slots(self, classes: Sequence[tuple[int, int, int]]) -> int:
+    def slots(self, classes: Sequence[Choice]) -> int:
         """Workers that fit, one by one."""
         total = 0
-        for number, units, size in classes:
+        for number, units, size, _ in classes:
             counts = self.counts[number]
             for free in range(units, size + 1):
                 if counts[free]:
@@ -140,10 +152,11 @@ class Room:
         sizes = [place.size for place in self.classes]
         self._class_of = [-1 if node.leaves_at_s is not None else number for node, number in zip(nodes, kind_of, strict=True)]
         self._used = [0] * len(nodes)
+        self._fixed = self._used
         self._leaving: dict[int, int] = {}
         self._sizes = sizes
-        self._options: dict[tuple[Resources, frozenset[str], str | None, bool], Options] = {}
-        self._units: dict[Resources, list[int]] = {}
+        self._options: dict[tuple[int, int, frozenset[str], str | None, bool], Options] = {}
+        self._units: dict[tuple[int, int], list[int]] = {}
         self.idle: Index
         self.soon: Index
 
@@ -151,26 +164,76 @@ class Room:
 
     def units(self, worker: Resources) -> list[int]:
         """Units per worker, by class."""
-        known = self._units.get(worker)
+        key = (worker.gpus, worker.cpus)
+        known = self._units.get(key)
         if known is None:
-            known = self._units[worker] = [units_of(worker, place) or max(worker.gpus, worker.cpus) for place in self.classes]
+            known = self._units[key] = [units_of(worker, place) or max(key) for place in self.classes]
         return known
 
-    def occupy(self, places: Places, units: Sequence[int], leaving: bool) -> bool:
-        """Count a gang that is there; False if one of its nodes is gone or has been told to leave."""
-        stays = True
-        for name, workers in places:
-            node = self.number_of.get(name)
+    def hold(self, groups: Sequence[Group], units: Sequence[int]) -> tuple[list[Group], list[Group], int]:
+        """Count a run's groups: those that stay, those on a node that is gone or leaves, the number asked back already."""
+        number_of, class_of, used = self.number_of, self.all_class_of, self._used
+        staying: list[Group] = []
+        closing: list[Group] = []
+        num_leaving = 0
+        for group in groups:
+            stays = True
+            for name, workers in group.places:
+                node = number_of.get(name)
+                if node is None:
+                    stays = False
+                    continue
+                taken = workers * units[class_of[node]]
+                used[node] += taken
+                if group.leaving:
+                    self._leaving[node] = self._leaving.get(node, 0) + taken
+                elif self._class_of[node] < 0:
+                    stays = False
+            if group.leaving:
+                num_leaving += 1
+            else:
+                (staying if stays else closing).append(group)
+        return staying, closing, num_leaving
+
+    def hold_replicas(self, replicas: Sequence[Replica], units: Sequence[int]) -> int:
+        """Count a deployment's replicas; returns how many of them stay."""
+        number_of, class_of, used = self.number_of, self.all_class_of, self._used
+        num_staying = 0
+        for replica in replicas:
+            node = number_of.get(replica.node)
             if node is None:
-                stays = False
                 continue
-            taken = workers * units[self.all_class_of[node]]
-            self._used[node] += taken
-            if leaving:
+            taken = units[class_of[node]]
+            used[node] += taken
+            if replica.state == "draining":
                 self._leaving[node] = self._leaving.get(node, 0) + taken
-            if self._class_of[node] < 0:
-                stays = False
-        return stays
+            elif self._class_of[node] >= 0:
+                num_staying += 1
+        return num_staying
+
+    def fix(self) -> None:
+        """What has been counted so far no run can move: see `could_hold`."""
+        self._fixed = self._used.copy()
+
+    def capacity(self) -> tuple[int, int]:
+        """Units of nodes without and with GPUs that runs could hold."""
+        total = [0, 0]
+        for number, used in zip(self._class_of, self._fixed, strict=True):
+            if number >= 0:
+                total[self.classes[number].gpus > 0] += max(0, self._sizes[number] - used)
+        return total[0], total[1]
+
+    def could_hold(self, options: Options, workers: int) -> bool:
+        """Whether so many workers would fit if no run held anything."""
+        for classes in options.classes:
+            units = {choice.number: choice.units for choice in classes}
+            slots = 0
+            for node, number in enumerate(self._class_of):
+                if number in units:
+                    slots += max(0, self._sizes[number] - self._fixed[node]) // units[number]
+            if slots >= workers:
+                return True
+        return False
 
     def settle(self) -> None:
         """Everything has been counted: build the indexes."""
@@ -186,20 +249,20 @@ class Room:
 
     def options(self, worker: Resources, labels: frozenset[str], kind: str | None, prefers_spot: bool) -> Options:
         """Where a worker may go: classes with all its labels, of its kind if that is fixed."""
-        key = (worker, labels, kind, prefers_spot)
+        key = (worker.gpus, worker.cpus, labels, kind, prefers_spot)
         known = self._options.get(key)
         if known is None:
             known = self._options[key] = self._find_options(worker, labels, kind, prefers_spot)
         return known
 
     def _find_options(self, worker: Resources, labels: frozenset[str], kind: str | None, prefers_spot: bool) -> Options:
-        fits: dict[str, list[tuple[int, int, int]]] = {}
+        fits: dict[str, list[Choice]] = {}
         order = sorted(range(len(self.classes)), key=lambda number: (self.classes[number].is_spot != prefers_spot, number))
         for number in order:
             place = self.classes[number]
             units = units_of(worker, place)
             if units and labels <= place.labels and kind in {None, place.kind}:
-                fits.setdefault(place.kind, []).append((number, units, place.size))
+                fits.setdefault(place.kind, []).append(Choice(number, units, place.size, int(place.is_spot != prefers_spot)))
         return Options(tuple(fits), tuple(tuple(classes) for classes in fits.values()))
 
     def take(self, index: Index, options: Options, groups: int, workers: int) -> list[Spot] | None:
@@ -212,9 +275,9 @@ class Room:
                 return [self._take_one(index, classes, workers) for _ in range(groups)]
         return None
 
-    def _take_one(self, index: Index, classes: Sequence[tuple[int, int, int]], workers: int) -> Spot:
+    def _take_one(self, index: Index, classes: Sequence[Choice], workers: int) -> Spot:
         spot = find(index, classes, workers, self.nodes)
-        units = {number: each for number, each, _ in classes}
+        units = {choice.number: choice.units for choice in classes}
         for node, count in spot:
             self.use(index, node, count * units[self.all_class_of[node]])
         return spot
@@ -232,23 +295,29 @@ class Room:
         return tuple((self.nodes[node].name, workers) for node, workers in spot)
 
 
-def find(index: Index, classes: Sequence[tuple[int, int, int]], workers: int, nodes: Sequence[Node]) -> Spot:
+def find(index: Index, classes: Sequence[Choice], workers: int, nodes: Sequence[Node]) -> Spot:
     """The place of one gang on as few nodes as it takes, of one domain where that takes no more. There must be room."""
-    for number, units, size in classes:
+    best, best_at = -1, (2, 0)
+    for number, units, size, rank in classes:
         for free in range(workers * units, size + 1):
+            if (rank, free) >= best_at:
+                break
             if (node := index.top(number, free)) >= 0:
-                return ((node, workers),)
+                best, best_at = node, (rank, free)
+                break
+    if best >= 0:
+        return ((best, workers),)
     for choice in classes:
         if index.slots([choice]) >= workers:
             return _spread(index, [choice], workers, nodes)
     return _spread(index, classes, workers, nodes)
 
 
-def _spread(index: Index, classes: Sequence[tuple[int, int, int]], workers: int, nodes: Sequence[Node]) -> Spot:
+def _spread(index: Index, classes: Sequence[Choice], workers: int, nodes: Sequence[Node]) -> Spot:
     """A gang over several nodes: the emptiest first, the last one as full as fits."""
     largest: list[tuple[int, int, int]] = []  # (node, units per worker, free)
     left = workers
-    buckets = [(free // units, number, units, free) for number, units, size in classes for free in range(units, size + 1)]
+    buckets = [(free // units, number, units, free) for number, units, size, _ in classes for free in range(units, size + 1)]
     for _, number, units, free in sorted(buckets, key=lambda bucket: -bucket[0]):
         for node in index.some(number, free, -(-left // (free // units))):
             largest.append((node, units, free))
@@ -272,12 +341,12 @@ def _fill(candidates: Iterable[tuple[int, int]], workers: int) -> Spot:
     return tuple(spot)
 
 
-def _tighten(index: Index, spot: Spot, classes: Sequence[tuple[int, int, int]]) -> Spot:
+def _tighten(index: Index, spot: Spot, classes: Sequence[Choice]) -> Spot:
     """The workers left for the last node go to the fullest one that takes them."""
     last, count = spot[-1]
     used = {node for node, _ in spot}
-    for number, units, _ in classes:
-        for free in range(count * units, index.free[last]):
+    for number, units, size, _ in classes:
+        for free in range(count * units, min(size + 1, index.free[last])):
             node = index.top(number, free)
             if node >= 0 and node not in used:
                 return (*spot[:-1], (node, count))
@@ -285,10 +354,10 @@ def _tighten(index: Index, spot: Spot, classes: Sequence[tuple[int, int, int]]) 
 
 
 def _one_domain(
-    index: Index, largest: Sequence[tuple[int, int, int]], classes: Sequence[tuple[int, int, int]], workers: int, nodes: Sequence[Node]
+    index: Index, largest: Sequence[tuple[int, int, int]], classes: Sequence[Choice], workers: int, nodes: Sequence[Node]
 ) -> Spot | None:
     """A place within one domain on no more nodes than `largest` has; looks at no more than so many of each size."""
-    number, units, size = classes[0]
+    number, units, size, _ = classes[0]
     by_domain: dict[str, list[tuple[int, int]]] = {}
     for free in range(size, units - 1, -1):
         for node in index.some(number, free, len(largest) + _MAX_NODES_TRIED):

@@ -8,7 +8,7 @@ Invariants:
 
 from typing import NamedTuple
 
-from tidepool.messages import AskBack, Decision, Deployment, Group, Reason, Resources, Run, Snapshot, Wait
+from tidepool.messages import AskBack, Decision, Deployment, Reason, Resources, Run, Snapshot, Wait
 from tidepool.pool.givers import Demand, Givers
 from tidepool.pool.holding import Holding, Piece
 from tidepool.pool.launches import Launches
@@ -40,36 +40,23 @@ class Round:
         self.decisions: list[Decision] = []
         self.waits: list[Wait] = []
         self.giving: set[str] = set()
+        self.num_granted = 0
         self.num_replicas = {deployment.name: self._count_replicas(deployment) for deployment in snapshot.deployments}
+        self.room.fix()
         self.holdings = [self._hold(run) for run in snapshot.runs]
         self.room.settle()
         self.givers = Givers(self.room, self.holdings, self.now_s, rules)
+        self.is_overpromised = self._promises_too_much()
+        self._idle_slots: dict[int, tuple[int, int]] = {}
 
     def _count_replicas(self, deployment: Deployment) -> int:
-        """Count what the replicas take; returns how many of them stay."""
-        units = self.room.units(deployment.replica)
-        staying = 0
-        for replica in deployment.replicas:
-            is_draining = replica.state == "draining"
-            stays = self.room.occupy(((replica.node, 1),), units, is_draining)
-            staying += stays and not is_draining
         self.usage.add_serving(deployment.project, len(deployment.replicas) * weight(deployment.replica))
-        return staying
+        return self.room.hold_replicas(deployment.replicas, self.room.units(deployment.replica))
 
     def _hold(self, run: Run) -> Holding:
         room = self.room
         units = room.units(run.worker)
-        staying: list[Group] = []
-        closing: list[Group] = []
-        num_leaving = 0
-        for group in run.groups:
-            if group.leaving:
-                room.occupy(group.places, units, True)
-                num_leaving += 1
-            elif room.occupy(group.places, units, False):
-                staying.append(group)
-            else:
-                closing.append(group)
+        staying, closing, num_leaving = room.hold(run.groups, units)
         kind = run.kind
         if kind is None and staying:
             kind = room.classes[room.all_class_of[room.number_of[staying[0].places[0][0]]]].kind
@@ -79,11 +66,33 @@ class Round:
             self.usage.add_training(run.project, len(run.groups) * holding.gpus_per_group, num_leaving * holding.gpus_per_group)
         return holding
 
+    def _promises_too_much(self) -> bool:
+        """Whether the mins of all runs that are guaranteed something are more than the pool could hold besides serving."""
+        guaranteed = {tier for tier, part in self.rules.guarantees.items() if part > 0}
+        promised = [0, 0]
+        for holding in self.holdings:
+            if holding.run.tier in guaranteed:
+                promised[holding.run.worker.gpus > 0] += holding.run.min_groups * holding.gpus_per_group
+        return any(wanted > there for wanted, there in zip(promised, self.room.capacity(), strict=True))
+
+    def fix_kind(self, holding: Holding, spot: Spot) -> None:
+        """From its first group on, a run stays on one kind of nodes."""
+        run = holding.run
+        kind = self.room.classes[self.room.all_class_of[spot[0][0]]].kind
+        holding.options = self.room.options(run.worker, run.labels, kind, run.tier == "basic")
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the round has granted as much as one round may; the next one goes on."""
+        return self.num_granted >= self.rules.max_grants
+
     # --- Claims ------------------------------------------------------------------------------------------------------
 
     def claim(self, claimant: str, demand: Demand, run: Run | None = None) -> Claimed:
         """Take idle room; else room that is coming; else ask for room, if that is possible. `run` is the claimant, if it is one."""
         groups, workers, options = demand.groups, demand.workers, demand.options
+        if self.givers.has_failed(demand):
+            return Claimed([], False)
         if spots := self.room.take(self.room.idle, options, groups, workers):
             return Claimed(spots, False)
         if self.room.take(self.room.soon, options, groups, workers):
@@ -136,9 +145,16 @@ class Round:
         if not options.classes and not self.launches.could_fit(worker, labels, None):
             why = reason("no_node", gpus=worker.gpus, cpus=worker.cpus, labels=", ".join(sorted(labels)))
         else:
-            idle = max((self.room.idle.slots(classes) for classes in options.classes), default=0)
-            why = reason("no_room", missing=missing, workers=workers, idle=idle)
+            why = reason("no_room", missing=missing, workers=workers, idle=self._num_idle(options))
         self.waits.append(Wait(name, missing, why))
+
+    def _num_idle(self, options: Options) -> int:
+        version, slots = self._idle_slots.get(id(options), (-1, 0))
+        if version != self.room.idle.version:
+            version = self.room.idle.version
+            slots = max((self.room.idle.slots(classes) for classes in options.classes), default=0)
+            self._idle_slots[id(options)] = version, slots
+        return slots
 
 
 def weight(worker: Resources) -> int:

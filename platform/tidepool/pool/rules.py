@@ -33,5 +33,5 @@ class Rules:
     rebalance_ratio: float = 1.5
     """A group moves between runs only where it speeds up so many times more than it slows down."""
     bands_gpu_s: tuple[float, ...] = (1800.0, 14_400.0, 115_200.0)
-    max_growth_groups: int = 2000
-    """The most groups that runs grow by in one round; the next round goes on."""
+    max_grants: int = 1000
+    """About as many groups and replicas start in one round at most; the next round goes on."""
