@@ -190,8 +190,9 @@ def test_a_stronger_run_pauses_a_weaker_one_whole() -> None:
 def test_nobody_is_paused_within_a_tenure_or_by_an_equal() -> None:
     fresh = run("weak", held={"n0": 790.0}, tier="basic", started_s=790.0)
     assert lines(decide(pool(fresh, run("strong", tier="premium"), on=nodes(1)), SHORT)) == []
-    equal = run("same", held={"n0": 0.0}, held_s=0.0)
-    assert lines(decide(pool(equal, run("new", waiting_since_s=NOW_S - 10, submitted_s=NOW_S - 10), on=nodes(1)), SHORT)) == []
+    equal = run("same", held={"n0": 0.0}, tier="basic")
+    assert lines(decide(pool(equal, run("new", tier="basic"), on=nodes(1)), SHORT)) == []
+    assert lines(decide(pool(equal, run("new", tier="basic", priority=1), on=nodes(1)), SHORT)) == ["-same/0"]
 
 
 def test_a_run_that_lost_groups_and_cannot_get_others_gives_back_the_rest() -> None:
@@ -220,19 +221,27 @@ def test_a_gang_that_spans_nodes_is_granted_as_one() -> None:
 # --- Waiting too long ----------------------------------------------------------------------------------------------------
 
 
-def test_who_waits_too_long_goes_before_every_tier() -> None:
+def test_who_waits_too_long_goes_before_tiers_and_priorities() -> None:
     old = run("old", tier="basic", waiting_since_s=NOW_S - SHORT.aging_s)
-    plan = decide(pool(old, run("gold", tier="premium"), on=nodes(1)), SHORT)
+    gold = run("gold", tier="premium", priority=9, held_s=3600.0, submitted_s=-7200.0, as_of_s=NOW_S, waiting_since_s=NOW_S)
+    plan = decide(pool(old, gold, on=nodes(1)), SHORT)
     assert names_started(plan) == ["old"]
     assert rules_of(plan) == {"aged"}
+
+
+def test_a_guarantee_goes_before_waiting_too_long_unless_more_is_guaranteed_than_there_is() -> None:
+    old = run("old", tier="basic", waiting_since_s=NOW_S - SHORT.aging_s)
+    golds = [run(f"gold{i}", tier="premium", waiting_since_s=NOW_S - 5, submitted_s=NOW_S - 5) for i in range(2)]
+    assert names_started(decide(pool(old, golds[0], on=nodes(1)), SHORT)) == ["gold0"]
+    assert names_started(decide(pool(old, *golds, on=nodes(1)), SHORT)) == ["old"]
 
 
 def test_who_waits_too_long_keeps_what_comes_free_until_it_fits() -> None:
     old = run("old", 2, 2, tier="basic", waiting_since_s=NOW_S - SHORT.aging_s)
     fresh = run("fresh", held={"n0": 790.0}, started_s=790.0)
-    assert lines(decide(pool(old, fresh, run("new", waiting_since_s=NOW_S)), SHORT)) == []
-    young = replace(old, waiting_since_s=NOW_S)
-    assert names_started(decide(pool(young, fresh, run("new", waiting_since_s=NOW_S)), SHORT)) == ["new"]
+    new = run("new", tier="basic", waiting_since_s=NOW_S)
+    assert lines(decide(pool(old, fresh, new), SHORT)) == []
+    assert names_started(decide(pool(replace(old, waiting_since_s=NOW_S), fresh, new), SHORT)) == ["new"]
 
 
 def test_nothing_is_kept_for_a_run_that_the_cluster_cannot_hold() -> None:
