@@ -41,6 +41,7 @@ class PoolPolicy:
         self._entries: dict[str, _Entry] = {}
         self._replicas: dict[str, list[Replica]] = {}
         self._deployments: dict[str, Deployment] = {}
+        self._counts: dict[str, tuple[int, int, int]] = {}
         self._number = 0
 
     def round(self, world: World) -> None:
@@ -139,6 +140,10 @@ class PoolPolicy:
     def _deployment(self, one: Served) -> Deployment:
         """What the deployment has, from the counts of the world: the newest replicas drain first, the oldest are up first."""
         name = one.traffic.name
+        counts = one.kept, one.draining, one.wanted
+        if self._counts.get(name) == counts:
+            return self._deployments[name]
+        self._counts[name] = counts
         replicas = self._replicas.setdefault(name, [])
         draining = [replica for replica in replicas if replica.state == "draining"]
         kept = [replica for replica in replicas if replica.state != "draining"]
@@ -146,12 +151,9 @@ class PoolPolicy:
             draining.append(Replica(kept[-1].name, kept[-1].node, "draining"))
             kept.pop()
         draining = draining[len(draining) - one.draining :]
-        old = self._deployments.get(name)
-        now = tuple(kept + draining)
-        if old is None or old.wanted != one.wanted or old.replicas != now:
-            self._replicas[name] = list(now)
-            old = self._deployments[name] = Deployment(name, "serving", one.wanted, _GPU, now)
-        return old
+        self._replicas[name] = kept + draining
+        self._deployments[name] = Deployment(name, "serving", one.wanted, _GPU, tuple(kept + draining))
+        return self._deployments[name]
 
 
 # --- The others ----------------------------------------------------------------------------------------------------------
@@ -253,5 +255,3 @@ def _serve(world: World) -> int:
         if one.kept >= one.wanted:
             short.remove(one)
     return sum(one.wanted - one.kept for one in short) - world.leaving
-
-

@@ -10,7 +10,7 @@ import gzip
 import math
 import random
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
@@ -27,12 +27,13 @@ DOWNSCALE_DELAY_MIN = 10
 
 @dataclass(frozen=True)
 class TraceJob:
-    """A training job: it takes `duration_s` on `size` GPUs."""
+    """A training job: it takes `duration_s` on `size` GPUs. `is_rest`: of one that began before the simulation does."""
 
     name: str
     arrival_s: float
     size: int
     duration_s: float
+    is_rest: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,8 @@ def training_jobs(trace: list[TraceJob], num_gpus: int, days: float, load: float
 
     The days are folded from the whole slice; jobs are drawn without replacement, again and again if there are not enough,
     each at its own time of day, give or take half an hour for a copy. Jobs larger than a quarter of the pool are left out.
+    What would still run at the end stands at the beginning as the rest of a job, so that the pool is found at work; such
+    rests take GPUs, but their completion times are not counted.
     """
     rng = random.Random(seed)
     span_s = days * 86_400
@@ -91,7 +94,11 @@ def training_jobs(trace: list[TraceJob], num_gpus: int, days: float, load: float
     for copy in range(1000):
         for job in rng.sample(fitting, len(fitting)):
             if left <= 0:
-                return sorted(taken, key=lambda job: job.arrival_s)
+                ends = [(job, job.arrival_s + job.duration_s - span_s) for job in taken]
+                rests = [
+                    replace(job, name=f"{job.name}.rest", arrival_s=0.0, duration_s=over, is_rest=True) for job, over in ends if over > 0
+                ]
+                return sorted([*taken, *rests], key=lambda job: job.arrival_s)
             arrival_s = (job.arrival_s + (rng.uniform(-1800, 1800) if copy else 0.0)) % span_s
             taken.append(TraceJob(f"{job.name}.{copy}", arrival_s, job.size, job.duration_s))
             left -= job.size * job.duration_s

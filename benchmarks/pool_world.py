@@ -168,6 +168,7 @@ class World:
             up = min(workers, job.starting)
             if job.finished_s is None and up:
                 self._set(job, job.active + up, job.starting - up)
+
         self.at(self.now_s + START_S, begin)
 
     def shrink(self, job: Job, workers: int, gone: Callable[[], None] | None = None) -> None:
@@ -222,7 +223,8 @@ class World:
         job.version += 1
         job.finished_s = self.now_s
         del self.jobs[job.trace.name]
-        self.measures.jct_s.append(self.now_s - job.trace.arrival_s)
+        if not job.trace.is_rest:
+            self.measures.jct_s.append(self.now_s - job.trace.arrival_s)
         self.wake()
 
     # --- Serving -----------------------------------------------------------------------------------------------------

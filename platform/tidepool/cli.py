@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tidepool import __version__, local_cluster
 from tidepool.errors import ClusterError, SpecError, TidepoolError
+from tidepool.pool_commands import add_pool_commands
 from tidepool.registry import ModelVersion, Registry
 from tidepool.specs import STORE_VARIABLE
 from tidepool.storage import open_store
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tidepool {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_models(commands.add_parser("models", help="list, show, promote and roll back published models"))
+    add_pool_commands(commands.add_parser("pool", help="who holds which GPU, and why; what a run would get"))
     up = commands.add_parser("up", help="start a Ray cluster on this machine and serve what is published in its store")
     _add_store(up, f"default: ${STORE_VARIABLE}, else a local directory, {_LOCAL_STORE}")
     up.add_argument("--num-cpus", type=int, default=4, help="logical CPUs: how many workers and replicas fit at a time (default: 4)")

@@ -30,7 +30,7 @@ def test_a_broken_guarantee_comes_first_then_who_waited_too_long_unless_too_much
     usual = power(waiting("c", tier="premium"), False, 1.0, SHORT)
     assert [owed.standing, aged.standing, usual.standing] == [OWED, AGED, USUAL]
     assert owed < aged < usual
-    assert power(waiting("b", tier="basic"), False, SHORT.aging_s, SHORT, is_overpromised=True) < owed
+    assert power(waiting("b", tier="basic"), False, SHORT.aging_s, SHORT, is_overpromised=lambda: True) < owed
 
 
 def test_waiting_less_than_the_limit_is_not_too_long() -> None:

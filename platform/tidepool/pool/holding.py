@@ -7,7 +7,7 @@ Invariants:
   faster. Each further piece costs at least as much as the one before.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import log
 
 from tidepool.messages import Group, Run
@@ -18,7 +18,10 @@ from tidepool.pool.speed import speed_at, useful_sizes
 
 @dataclass(slots=True)
 class Holding:
-    """One run in one round. `groups` are those that stay, `num_groups` also counts what it was granted since."""
+    """One run in one round. `groups` are those that stay, `num_groups` also counts what it was granted since.
+
+    `gpus_per_group` is what a group counts for against a quota: its CPUs if it has no GPUs.
+    """
 
     run: Run
     options: Options
@@ -26,7 +29,8 @@ class Holding:
     groups: list[Group]
     closing: list[Group]
     num_groups: int
-    pieces: "list[Piece]" = field(default_factory=list)
+    gpus_per_group: int
+    num_in_pieces: int = 0
     is_paused: bool = False
     was_granted: bool = False
     is_coming: bool = False
@@ -34,12 +38,8 @@ class Holding:
     @property
     def missing(self) -> int:
         """Groups short of the min."""
-        return max(0, self.run.min_groups - self.num_groups)
-
-    @property
-    def gpus_per_group(self) -> int:
-        """What a group counts for against a quota."""
-        return self.run.workers_per_group * (self.run.worker.gpus or self.run.worker.cpus)
+        short = self.run.min_groups - self.num_groups
+        return short if short > 0 else 0
 
 
 @dataclass(slots=True)
@@ -88,13 +88,12 @@ def cut(holding: Holding, spot_nodes: frozenset[str], rules: Rules) -> list[Piec
         cost = max(cost, weight * log(max(1.0, speed / slower)) / units)
         pieces.append(Piece(holding, groups, smaller, cost, cost * units, max(group.granted_s for group in groups)))
         size, speed = smaller, slower
-    holding.pieces = pieces
+    holding.num_in_pieces = len(holding.groups) - size
     return pieces
 
 
 def rest(holding: Holding, spot_nodes: frozenset[str]) -> Piece:
     """All that the run holds at its min, as one piece."""
     order = removal_order(holding, spot_nodes)
-    taken = sum(len(piece.groups) for piece in holding.pieces)
-    groups = tuple(order[taken:])
+    groups = tuple(order[holding.num_in_pieces :])
     return Piece(holding, groups, 0, 0.0, 0.0, max((group.granted_s for group in groups), default=0.0))

@@ -21,7 +21,7 @@ def rank(state: Round, holding: Holding) -> tuple[Power, float, str]:
     """The order of runs that wait."""
     run = holding.run
     since_s = run.waiting_since_s if run.waiting_since_s is not None else state.now_s
-    return ranking.power(run, False, state.now_s, state.rules, state.is_overpromised), since_s, run.name
+    return ranking.power(run, False, state.now_s, state.rules, lambda: state.is_overpromised), since_s, run.name
 
 
 def meet_minimums(state: Round) -> None:

@@ -10,6 +10,7 @@ Invariants:
 - A run that holds its min has not waited: whoever waits long enough goes before all that hold and can spare it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tidepool.messages import Run
@@ -34,10 +35,10 @@ STRONGEST = Power(-1, 0, 0, 0)
 WEAKEST = Power(USUAL + 1, 0, 0, 0)
 
 
-def power(run: Run, holds_min: bool, now_s: float, rules: Rules, is_overpromised: bool = False) -> Power:
-    """The power of a run, whether it waits or holds its min."""
+def power(run: Run, holds_min: bool, now_s: float, rules: Rules, is_overpromised: Callable[[], bool] = bool) -> Power:
+    """The power of a run, whether it waits or holds its min. `is_overpromised` says if more is guaranteed than there is."""
     is_aged = not holds_min and waited_s(run, now_s) >= rules.aging_s
-    if is_aged and is_overpromised:
+    if is_aged and is_overpromised():
         return Power(STARVING, 0, 0, 0)
     if is_owed(run, holds_min, now_s, rules):
         return Power(OWED, _TIER_LEVEL[run.tier], -run.priority, band(run, now_s, rules))

@@ -6,6 +6,7 @@ Invariants:
 - What one claim was promised, idle or coming, no later claim of the round gets.
 """
 
+from functools import cached_property
 from typing import NamedTuple
 
 from tidepool.messages import AskBack, Decision, Deployment, Reason, Resources, Run, Snapshot, Wait
@@ -46,7 +47,6 @@ class Round:
         self.holdings = [self._hold(run) for run in snapshot.runs]
         self.room.settle()
         self.givers = Givers(self.room, self.holdings, self.now_s, rules)
-        self.is_overpromised = self._promises_too_much()
         self._idle_slots: dict[int, tuple[int, int]] = {}
 
     def _count_replicas(self, deployment: Deployment) -> int:
@@ -54,19 +54,20 @@ class Round:
         return self.room.hold_replicas(deployment.replicas, self.room.units(deployment.replica))
 
     def _hold(self, run: Run) -> Holding:
-        room = self.room
-        units = room.units(run.worker)
-        staying, closing, num_leaving = room.hold(run.groups, units)
+        room, worker = self.room, run.worker
+        units = room.units(worker)
+        staying, closing, num_leaving = room.hold(run.groups, units) if run.groups else ([], [], 0)
         kind = run.kind
         if kind is None and staying:
             kind = room.classes[room.all_class_of[room.number_of[staying[0].places[0][0]]]].kind
-        options = room.options(run.worker, run.labels, kind, run.tier == "basic")
-        holding = Holding(run, options, units, staying, closing, len(staying))
-        if run.groups:
-            self.usage.add_training(run.project, len(run.groups) * holding.gpus_per_group, num_leaving * holding.gpus_per_group)
-        return holding
+        options = room.options(worker, run.labels, kind, run.tier == "basic")
+        gpus = run.workers_per_group * (worker.gpus or worker.cpus)
+        if self.snapshot.quotas:
+            self.usage.add_training(run.project, len(run.groups) * gpus, num_leaving * gpus)
+        return Holding(run, options, units, staying, closing, len(staying), gpus)
 
-    def _promises_too_much(self) -> bool:
+    @cached_property
+    def is_overpromised(self) -> bool:
         """Whether the mins of all runs that are guaranteed something are more than the pool could hold besides serving."""
         guaranteed = {tier for tier, part in self.rules.guarantees.items() if part > 0}
         promised = [0, 0]
