@@ -11,16 +11,18 @@ Invariants:
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
 
 from tidepool.pool.holding import Holding, Piece, cut, rest
 from tidepool.pool.ranking import Power, may_pause, power
 from tidepool.pool.room import Options, Room
 from tidepool.pool.rules import Rules
 
+_BY_RANK = itemgetter(0, 1, 2)
 
-@dataclass(frozen=True, slots=True)
-class Demand:
+
+class Demand(NamedTuple):
     """What a claim asks for: `groups` gangs of `workers` at one of `options`, with the claimant's power.
 
     `max_cost` bounds what a piece may cost per unit, `total_cost` what all of them may cost together; `spares` is a
@@ -48,7 +50,8 @@ class Givers:
         self._rules = rules
         self._spot_nodes = frozenset(node.name for node in room.nodes if node.is_spot)
         self._surplus: list[Piece] | None = None
-        self._whole: list[tuple[Power, Piece]] | None = None
+        self._whole: list[tuple[Power, float, str, Holding]] | None = None
+        self._rests: dict[str, Piece] = {}
         self._failed: dict[tuple[int, bool], int] = {}
 
     def make_room(self, demand: Demand) -> list[Piece] | None:
@@ -65,8 +68,11 @@ class Givers:
 
     def has_failed(self, demand: Demand) -> bool:
         """Whether as small a demand, of somebody who could take at least as much, has failed before."""
-        total = demand.groups * demand.workers
-        return total >= self._failed.get((id(demand.options), demand.can_pause), total + 1)
+        return self.has_failed_for(demand.options, demand.groups * demand.workers, demand.can_pause)
+
+    def has_failed_for(self, options: Options, total: int, can_pause: bool = False) -> bool:
+        """The same of so many workers at these options."""
+        return total >= self._failed.get((id(options), can_pause), total + 1)
 
     def forget_failures(self) -> None:
         """Demands that may take from others follow: what failed before may succeed."""
@@ -142,14 +148,14 @@ class Givers:
             yield piece
         if not demand.can_pause:
             return
-        for own, piece in self._whole_runs():
+        for own, _, name, holding in self._whole_runs():
             if own <= demand.power:
                 break
-            run = piece.holding.run
-            if piece.is_released or run.project == demand.spares:
-                continue
-            if may_pause(demand.power, own, run, self._now_s, self._rules):
-                yield piece
+            run = holding.run
+            if not holding.is_paused and run.project != demand.spares and may_pause(demand.power, own, run, self._now_s, self._rules):
+                if name not in self._rests:
+                    self._rests[name] = rest(holding, self._spot_nodes)
+                yield self._rests[name]
 
     @staticmethod
     def _can_give(piece: Piece) -> bool:
@@ -162,16 +168,16 @@ class Givers:
             self._surplus = sorted(pieces, key=lambda piece: (piece.cost, -piece.newest_s, piece.holding.run.name, -piece.smaller))
         return self._surplus
 
-    def _whole_runs(self) -> list[tuple[Power, Piece]]:
+    def _whole_runs(self) -> list[tuple[Power, float, str, Holding]]:
+        """The runs that hold their min, the lowest rank first; what they hold at it is what their pieces leave."""
         if self._whole is None:
-            self._pieces()  # what a run holds at its min is what its pieces leave
-            ranked = [
-                (power(holding.run, True, self._now_s, self._rules), rest(holding, self._spot_nodes))
+            now_s, rules = self._now_s, self._rules
+            self._whole = [
+                (power(holding.run, True, now_s, rules), holding.run.started_s, holding.run.name, holding)
                 for holding in self._holdings
                 if len(holding.groups) >= holding.run.min_groups
             ]
-            ranked.sort(key=lambda item: (item[0], item[1].holding.run.started_s, item[1].holding.run.name), reverse=True)
-            self._whole = ranked
+            self._whole.sort(key=_BY_RANK, reverse=True)
         return self._whole
 
     def _kind(self, piece: Piece) -> str:

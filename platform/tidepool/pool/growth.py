@@ -10,9 +10,9 @@ Invariants:
 - Nobody goes below its min for growth.
 """
 
-from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from math import log
+from typing import NamedTuple
 
 from tidepool.messages import GrantGroup
 from tidepool.pool.givers import Demand
@@ -23,8 +23,7 @@ from tidepool.pool.round import Round
 from tidepool.pool.speed import speed_at, useful_sizes
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """A run's next useful size, and what it gains."""
 
     holding: Holding
@@ -87,6 +86,8 @@ def _rebalance(state: Round, unmet: list[Step]) -> None:
     for step in unmet:
         holding, run = step.holding, step.holding.run
         if run.name in state.giving or holding.num_groups != len(holding.groups):
+            continue
+        if state.givers.has_failed_for(holding.options, step.groups * run.workers_per_group):
             continue
         limit = step.gain / state.rules.rebalance_ratio
         total = limit * step.groups * holding.gpus_per_group

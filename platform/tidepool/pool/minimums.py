@@ -6,8 +6,6 @@ Invariants:
 - The run that waits longest of those that waited too long keeps what comes free until it fits.
 """
 
-from dataclasses import replace
-
 from tidepool.messages import AskBack, GrantGroup, Reason, Reservation, Wait
 from tidepool.pool import ranking
 from tidepool.pool.givers import Demand
@@ -70,7 +68,7 @@ def meet(state: Round, holding: Holding, power: Power, reservation: Reservation 
             why = reason("launching", missing=missing, template=template.name, start_s=template.start_s)
             state.waits.append(Wait(run.name, missing, why))
             return True
-        spots, is_coming = state.claim(run.name, replace(demand, can_pause=True), run)
+        spots, is_coming = state.claim(run.name, demand._replace(can_pause=True), run)
     if spots:
         why = _grant_reason(state, holding, power, reservation)
         state.decisions += [GrantGroup(run.name, state.room.names(spot), why) for spot in spots]

@@ -10,6 +10,7 @@ Invariants:
 - A run that holds its min has not waited: whoever waits long enough goes before all that hold and can spare it.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -49,31 +50,37 @@ def power(run: Run, holds_min: bool, now_s: float, rules: Rules, is_overpromised
 
 def waited_s(run: Run, now_s: float) -> float:
     """How long a run has had less than its min."""
-    since = run.waiting_since_s if run.waiting_since_s is not None else now_s
-    return max(0.0, now_s - since)
+    return 0.0 if run.waiting_since_s is None or run.waiting_since_s > now_s else now_s - run.waiting_since_s
 
 
 def used_gpu_s(run: Run, now_s: float) -> float:
     """GPU seconds (CPU seconds, without GPUs) that a run has used so far."""
+    if not run.groups or run.as_of_s >= now_s:
+        return run.used_gpu_s
     per_worker = run.worker.gpus or run.worker.cpus
-    return run.used_gpu_s + len(run.groups) * run.workers_per_group * per_worker * max(0.0, now_s - run.as_of_s)
+    return run.used_gpu_s + len(run.groups) * run.workers_per_group * per_worker * (now_s - run.as_of_s)
 
 
 def band(run: Run, now_s: float, rules: Rules) -> int:
     """How much a run has used, in a few steps."""
-    used = used_gpu_s(run, now_s)
-    return sum(used >= limit for limit in rules.bands_gpu_s)
+    return bisect_right(rules.bands_gpu_s, used_gpu_s(run, now_s))
 
 
 def share(run: Run, holds_min: bool, now_s: float, rules: Rules, pause_s: float = 0.0) -> float:
     """The part of the window in which a run held its min; at least what it will be after a pause of `pause_s`."""
-    age_s = now_s - run.submitted_s
-    span_s = min(rules.window_s, age_s + pause_s)
+    age_s, window_s = now_s - run.submitted_s, rules.window_s
+    over_s = age_s + pause_s - window_s
+    span_s = window_s if over_s > 0 else age_s + pause_s
     if span_s <= 0:
         return 1.0
-    held_s = min(run.held_s + (max(0.0, now_s - run.as_of_s) if holds_min else 0.0), rules.window_s, max(0.0, age_s))
-    dropped_s = min(held_s, max(0.0, age_s + pause_s - rules.window_s), pause_s)
-    return (held_s - dropped_s) / span_s
+    held_s = run.held_s
+    if holds_min and run.as_of_s < now_s:
+        held_s += now_s - run.as_of_s
+    if held_s > age_s or held_s > window_s:
+        held_s = max(0.0, min(age_s, window_s))
+    if over_s > 0 and pause_s:
+        held_s -= min(held_s, over_s, pause_s)
+    return held_s / span_s
 
 
 def is_owed(run: Run, holds_min: bool, now_s: float, rules: Rules) -> bool:

@@ -172,14 +172,13 @@ class Room:
 
     def hold(self, groups: Sequence[Group], units: Sequence[int]) -> tuple[list[Group], list[Group], int]:
         """Count a run's groups: those that stay, those on a node that is gone or leaves, the number asked back already."""
-        number_of, class_of, used = self.number_of, self.all_class_of, self._used
+        node_of, class_of, used, live = self.number_of.get, self.all_class_of, self._used, self._class_of
         staying: list[Group] = []
         closing: list[Group] = []
-        num_leaving = 0
         for group in groups:
             stays = True
             for name, workers in group.places:
-                node = number_of.get(name)
+                node = node_of(name)
                 if node is None:
                     stays = False
                     continue
@@ -187,20 +186,18 @@ class Room:
                 used[node] += taken
                 if group.leaving:
                     self._leaving[node] = self._leaving.get(node, 0) + taken
-                elif self._class_of[node] < 0:
+                elif live[node] < 0:
                     stays = False
-            if group.leaving:
-                num_leaving += 1
-            else:
+            if not group.leaving:
                 (staying if stays else closing).append(group)
-        return staying, closing, num_leaving
+        return staying, closing, len(groups) - len(staying) - len(closing)
 
     def hold_replicas(self, replicas: Sequence[Replica], units: Sequence[int]) -> int:
         """Count a deployment's replicas; returns how many of them stay."""
-        number_of, class_of, used = self.number_of, self.all_class_of, self._used
+        node_of, class_of, used = self.number_of.get, self.all_class_of, self._used
         num_staying = 0
         for replica in replicas:
-            node = number_of.get(replica.node)
+            node = node_of(replica.node)
             if node is None:
                 continue
             taken = units[class_of[node]]
