@@ -280,13 +280,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / ".." / "shared" / "data", help="folder of the traces (default: ../shared/data)")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw utilisation and waiting of each pool here (needs matplotlib)")
     options = parser.parse_args()
+    first = head()
     rows: list[dict[str, Any]] = []
     rows += decision_rows(QUICK_SIZES if options.quick else SIZES)
     for scenario in QUICK if options.quick else SCENARIOS:
         by_seed = [simulate(scenario, seed, options.data) for seed in scenario.seeds]
         rows += rows_of(scenario, by_seed)
         if options.json:
-            options.json.write_text(json.dumps([head(), *rows], indent=1) + "\n")
+            options.json.write_text(json.dumps([first, *rows], indent=1) + "\n")
         if options.plots:
             week: Week = {name: outcome.samples for name, outcome in by_seed[0].items()}
             draw(week, scenario.name, options.plots / f"pool_{scenario.num_gpus}_gpus.png")

@@ -422,8 +422,12 @@ def test_a_wobble_in_what_serving_wants_does_not_make_a_run_flap() -> None:
 
 def test_one_round_grants_no_more_than_it_may_and_the_next_goes_on() -> None:
     few = replace(SHORT, max_grants=3)
-    plans = [plan for _, plan in life(pool(*(run(f"r{i}") for i in range(8)), on=nodes(8)), 4, few)]
-    assert [len(names_started(plan)) for plan in plans] == [3, 3, 2, 0]
+    lived = list(life(pool(*(run(f"r{i}") for i in range(8)), on=nodes(9), deployments=(deployment("chat", 1),)), 4, few))
+    assert [len(lines(plan)) for _, plan in lived] == [3, 3, 3, 0]
+    assert [len(plan.waits) for _, plan in lived] == [6, 3, 0, 0]
+    for now, plan in lived:
+        for decision in (*plan.decisions, *plan.waits):
+            truth.check_reason(decision, now, plan, few)
 
 
 def test_the_truth_of_every_rule_is_checked() -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.pool import truth
 from tests.pool.pools import GPU, SHORT, after, held, life, nodes, pools, run, staying
-from tests.pool.truth import check_reason
 from tidepool.messages import AskBack, Deployment, GrantGroup, Plan, Run, Snapshot, StartReplica
 from tidepool.pool import decide
 from tidepool.pool.room import Choice, Index
@@ -82,7 +82,7 @@ def test_every_reason_is_true_and_everybody_who_lacks_something_is_told_why(pool
     for now, plan in _with_change(pool, then_wanted):
         for decision in (*plan.decisions, *plan.waits):
             assert str(decision.reason)
-            check_reason(decision, now, plan, SHORT)
+            truth.check_reason(decision, now, plan, SHORT)
         told = Counter({wait.name: 0 for wait in plan.waits})
         for wait in plan.waits:
             told[wait.name] += wait.missing

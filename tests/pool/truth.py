@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.pool.pools import staying
-from tidepool.messages import AskBack, Decision, GrantGroup, Plan, Run, Snapshot, Wait
+from tidepool.messages import AskBack, Decision, GrantGroup, Plan, Run, Snapshot, StartReplica, Wait
 from tidepool.pool import Rules
 
 _LEVEL = {"premium": 0, "standard": 1, "basic": 2}
@@ -169,6 +169,12 @@ def _check_launch(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
     template = next(t for t in seen.now.templates if t.name == decision.template == facts["template"])
     assert 0 < decision.count == facts["count"] <= template.available
     assert _is_claimant(facts["claimant"], seen.now, seen.plan)
+
+
+def _check_next_round(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
+    started = sum(isinstance(d, GrantGroup | StartReplica) for d in seen.plan.decisions)
+    assert started == facts["num_granted"] >= facts["most"] == seen.rules.max_grants
+    assert decision.missing > 0
 
 
 def _check_coming(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:

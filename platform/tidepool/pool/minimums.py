@@ -28,12 +28,13 @@ def meet_minimums(state: Round) -> None:
     ranked = sorted((rank(state, holding), number) for number, holding in enumerate(state.holdings) if holding.missing)
     has_booked, standing = False, STARVING
     for (power, _, _), number in ranked:
-        if state.is_full:
-            break
+        holding = state.holdings[number]
+        if state.is_full and holding.missing and not holding.is_paused:
+            state.wait_for_next_round(holding.run.name, holding.missing)
+            continue
         if power.standing != standing:
             standing = power.standing
             state.givers.forget_failures()
-        holding = state.holdings[number]
         if holding.is_paused or holding.missing == 0 or meet(state, holding, power):
             continue
         run = holding.run

@@ -26,6 +26,7 @@ _WORDS = {
     # nodes are launched
     "launch": "{missing} of {claimant} have no room; {count} more nodes of {template} would give it",
     # somebody waits
+    "next_round": "this round starts {num_granted} groups and replicas, and a round starts no more than about {most}; the next one goes on",
     "coming": "room for {missing} more is being made",
     "launching": "no room yet for {missing} more; nodes of {template} that are starting will give it, within {start_s:.0f} s",
     "no_room": "{missing} more of {workers} workers do not fit: {idle} such workers would fit into what is idle, and nobody who ranks "

@@ -20,6 +20,8 @@ def serve(state: Round) -> None:
             counts[name] += 1
             if counts[name] < deployment.wanted:
                 heappush(short, (-deployment.priority, counts[name] / deployment.wanted, name, deployment))
+    for *_, name, deployment in short:
+        state.wait_for_next_round(name, deployment.wanted - counts[name])
 
 
 def _start_one(state: Round, deployment: Deployment) -> bool:

@@ -87,6 +87,10 @@ class Round:
         """Whether the round has granted as much as one round may; the next one goes on."""
         return self.num_granted >= self.rules.max_grants
 
+    def wait_for_next_round(self, name: str, missing: int) -> None:
+        """Say that the round is full."""
+        self.waits.append(Wait(name, missing, reason("next_round", num_granted=self.num_granted, most=self.rules.max_grants)))
+
     # --- Claims ------------------------------------------------------------------------------------------------------
 
     def claim(self, claimant: str, demand: Demand, run: Run | None = None) -> Claimed:
