@@ -24,7 +24,7 @@ class Launches:
 
     def could_fit(self, worker: Resources, labels: frozenset[str], kind: str | None) -> bool:
         """Whether any template, available or not, could hold such a worker."""
-        return any(_fits(template, worker, labels, kind) for template in self._templates)
+        return bool(self._templates) and any(_fits(template, worker, labels, kind) for template in self._templates)
 
     def promise_some(self, claimant: str, missing: int, worker: Resources, labels: frozenset[str]) -> tuple[Template, int] | None:
         """As `promise`, for as many of `missing` single workers as there is room for; how many that is."""

@@ -61,6 +61,9 @@ def meet(state: Round, holding: Holding, power: Power, reservation: Reservation 
     if over is not None:
         return reservation is None and _shrink_own_project(state, holding, over)
     could_launch = state.launches.could_fit(run.worker, run.labels, run.kind)
+    if not could_launch and reservation is None and state.givers.has_failed_for(holding.options, missing * run.workers_per_group, True):
+        state.wait_for_room(run.name, missing, run.workers_per_group, run.worker, run.labels, holding.options)
+        return False
     demand = Demand(holding.options, missing, run.workers_per_group, power, can_pause=not could_launch)
     spots, is_coming = state.claim(run.name, demand, run)
     if not spots and not is_coming and could_launch:

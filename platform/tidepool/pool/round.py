@@ -48,6 +48,7 @@ class Round:
         self.room.settle()
         self.givers = Givers(self.room, self.holdings, self.now_s, rules)
         self._idle_slots: dict[int, tuple[int, int]] = {}
+        self._no_room: dict[tuple[int, int, int], Reason] = {}
 
     def _count_replicas(self, deployment: Deployment) -> int:
         self.usage.add_serving(deployment.project, len(deployment.replicas) * weight(deployment.replica))
@@ -150,7 +151,10 @@ class Round:
         if not options.classes and not self.launches.could_fit(worker, labels, None):
             why = reason("no_node", gpus=worker.gpus, cpus=worker.cpus, labels=", ".join(sorted(labels)))
         else:
-            why = reason("no_room", missing=missing, workers=workers, idle=self._num_idle(options))
+            facts = missing, workers, self._num_idle(options)
+            if facts not in self._no_room:
+                self._no_room[facts] = reason("no_room", missing=missing, workers=workers, idle=facts[2])
+            why = self._no_room[facts]
         self.waits.append(Wait(name, missing, why))
 
     def _num_idle(self, options: Options) -> int:
