@@ -1,6 +1,8 @@
 """Random pools of a given size, for measuring a round: nodes of 8 GPUs, elastic runs of all shapes, deployments."""
 
 import random
+import sys
+from dataclasses import replace
 
 from tidepool.messages import Deployment, Node, Resources, Run, Snapshot, Tier
 from tidepool.pool import Rules, decide
@@ -49,3 +51,31 @@ def settled(snapshot: Snapshot, rounds: int) -> Future:
     for _ in range(rounds):
         future = step(future, decide(future.snapshot, Rules(max_grants=1_000_000)), 200.0)
     return future
+
+
+def states(num_nodes: int, seed: int = 1) -> dict[str, Snapshot]:
+    """A pool that holds all mins and one that cannot, at rest; and each when every deployment wants one replica more."""
+    found = {}
+    for name, demand in [("roomy", 0.8), ("overloaded", 1.3)]:
+        pool = settled(empty_pool(num_nodes, num_nodes // 2, num_nodes // 20, demand, seed), rounds=6).snapshot
+        found[f"{name}, at rest"] = pool
+        more = tuple(replace(one, wanted=one.wanted + 1) for one in pool.deployments)
+        found[f"{name}, serving grows"] = replace(pool, deployments=more, now_s=pool.now_s + 1000.0)
+    return found
+
+
+def num_calls(snapshot: Snapshot) -> int:
+    """How many functions one round calls, of Python and of C: its work, whatever else the machine does."""
+    count = 0
+
+    def see(_frame: object, event: str, _argument: object) -> None:
+        nonlocal count
+        count += event in {"call", "c_call"}
+
+    before = sys.getprofile()
+    sys.setprofile(see)
+    try:
+        decide(snapshot)
+    finally:
+        sys.setprofile(before)
+    return count

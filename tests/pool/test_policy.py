@@ -364,6 +364,14 @@ def test_at_its_quota_a_projects_own_runs_make_room() -> None:
     assert waits(plan) == {"new": "coming"}
 
 
+def test_what_is_leaving_counts_for_the_quota_until_it_has_left() -> None:
+    wide = run("wide", 1, 2, {"n0": 0.0, "n0#": 5.0})
+    leaving = replace(wide, groups=(wide.groups[0], replace(wide.groups[1], leaving=True)))
+    plan = decide(pool(leaving, run("new"), on=nodes(9), quotas=(Quota("p", training_gpus=2),)), SHORT)
+    assert lines(plan) == []
+    assert waits(plan) == {"new": "coming"}
+
+
 def spot_nodes(available: int, launching: int = 0) -> tuple[Template, ...]:
     return (Template("big", "H100", 4, 32, available, launching=launching, start_s=90.0),)
 

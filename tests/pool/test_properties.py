@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tests.pool import truth
 from tests.pool.pools import GPU, SHORT, after, held, life, nodes, pools, run, staying
-from tidepool.messages import AskBack, Deployment, GrantGroup, Plan, Run, Snapshot, StartReplica
+from tidepool.messages import AskBack, Deployment, GrantGroup, Plan, Quota, Run, Snapshot, StartReplica
 from tidepool.pool import decide
 from tidepool.pool.room import Choice, Index
 from tidepool.pool.speed import useful_sizes
@@ -56,9 +56,10 @@ def test_gangs_are_whole_of_one_kind_and_of_helpful_sizes(pool: Snapshot, then_w
 
 
 @_many
-@given(pools(), st.lists(st.integers(0, 5), min_size=2, max_size=2))
-def test_quotas_hold_at_every_moment(pool: Snapshot, then_wanted: list[int]) -> None:
-    for now, plan in _with_change(pool, then_wanted):
+@given(pools(), st.lists(st.integers(0, 5), min_size=2, max_size=2), st.integers(1, 6), st.integers(1, 4))
+def test_quotas_hold_at_every_moment(pool: Snapshot, then_wanted: list[int], training_gpus: int, serving_gpus: int) -> None:
+    quotas = (Quota("p0", serving_gpus, training_gpus), Quota("p1", serving_gpus, training_gpus))
+    for now, plan in _with_change(replace(pool, quotas=quotas), then_wanted):
         granted = Counter(d.run for d in plan.decisions if isinstance(d, GrantGroup))
         started = Counter(d.deployment for d in plan.decisions if isinstance(d, StartReplica))
         for quota in now.quotas:
