@@ -11,7 +11,6 @@ from tests.pool.pools import GPU, SHORT, after, held, life, nodes, pools, run, s
 from tidepool.messages import AskBack, Deployment, GrantGroup, Plan, Quota, Run, Snapshot, StartReplica
 from tidepool.pool import decide
 from tidepool.pool.room import Choice, Index
-from tidepool.pool.speed import useful_sizes
 
 _many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 _few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -50,7 +49,8 @@ def test_gangs_are_whole_of_one_kind_and_of_helpful_sizes(pool: Snapshot, then_w
                     assert all(r.labels <= kinds[name].labels for name, _ in decision.places)
             if granted[r.name]:
                 size = sum(not g.leaving and _is_up(now, g.places) for g in r.groups) + granted[r.name]
-                assert size in {groups for groups, _ in useful_sizes(r)}
+                steps = [-(-r.shards // (groups * r.workers_per_group)) for groups in (size - 1 or 1, size)]
+                assert size == r.min_groups or steps[1] < steps[0]
             places = [g.places for g in r.groups] + [d.places for d in plan.decisions if isinstance(d, GrantGroup) and d.run == r.name]
             assert len({kinds[name].kind for place in places for name, _ in place}) <= 1
 
