@@ -13,7 +13,7 @@ from tidepool.pool import decide
 from tidepool.pool.room import Choice, Index
 
 _many = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-_few = settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+_few = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 _some = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 

@@ -16,7 +16,7 @@ def vacate(state: Round) -> None:
             if found is not None:
                 why, deadline_s = found
                 state.decisions.append(AskBack(holding.run.name, group.name, why, deadline_s))
-    if all(node.leaves_at_s is None for node in state.snapshot.nodes):
+    if not state.room.has_notices:
         return
     for deployment in state.snapshot.deployments:
         for replica in deployment.replicas:

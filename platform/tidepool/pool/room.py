@@ -133,28 +133,49 @@ class Index:
         return found
 
 
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The nodes by number and class; in `open_class_of` those that leave have the class -1."""
+
+    nodes: Sequence[Node]
+    number_of: dict[str, int]
+    classes: list[NodeClass]
+    class_of: list[int]
+    open_class_of: list[int]
+    has_notices: bool
+
+
+_last_layout = _Layout((), {}, [], [], [], False)
+
+
+def _layout(nodes: Sequence[Node]) -> _Layout:
+    """The layout of these nodes. From round to round they are mostly the same tuple, so the last one is kept."""
+    global _last_layout  # noqa: PLW0603 - a memo of a pure function, of one entry, compared by identity
+    if _last_layout.nodes is not nodes or not isinstance(nodes, tuple):
+        numbers: dict[tuple[str, frozenset[str], bool, int, int], int] = {}
+        keys = [(node.kind, node.labels, node.is_spot, node.gpus, node.cpus) for node in nodes]
+        class_of = [numbers.setdefault(key, len(numbers)) for key in keys]
+        open_class_of = [-1 if node.leaves_at_s is not None else number for node, number in zip(nodes, class_of, strict=True)]
+        number_of = {node.name: number for number, node in enumerate(nodes)}
+        _last_layout = _Layout(nodes, number_of, [NodeClass(*key) for key in numbers], class_of, open_class_of, -1 in open_class_of)
+    return _last_layout
+
+
 class Room:
     """The free parts of a cluster."""
 
     def __init__(self, nodes: Sequence[Node]) -> None:
+        layout = _layout(nodes)
         self.nodes = nodes
-        self.number_of = {node.name: number for number, node in enumerate(nodes)}
-        numbers: dict[tuple[str, frozenset[str], bool, int, int], int] = {}
-        kind_of: list[int] = []
-        for node in nodes:
-            key = (node.kind, node.labels, node.is_spot, node.gpus, node.cpus)
-            number = numbers.get(key)
-            if number is None:
-                number = numbers[key] = len(numbers)
-            kind_of.append(number)
-        self.classes = [NodeClass(*key) for key in numbers]
-        self.all_class_of = kind_of
-        sizes = [place.size for place in self.classes]
-        self._class_of = [-1 if node.leaves_at_s is not None else number for node, number in zip(nodes, kind_of, strict=True)]
+        self.number_of = layout.number_of
+        self.has_notices = layout.has_notices
+        self.classes = layout.classes
+        self.all_class_of = layout.class_of
+        self._class_of = layout.open_class_of
+        self._sizes = [place.size for place in self.classes]
         self._used = [0] * len(nodes)
         self._fixed = self._used
         self._leaving: dict[int, int] = {}
-        self._sizes = sizes
         self._options: dict[tuple[int, int, frozenset[str], str | None, bool], Options] = {}
         self._units: dict[tuple[int, int], list[int]] = {}
         self.idle: Index
