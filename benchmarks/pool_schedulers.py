@@ -45,7 +45,11 @@ class PoolPolicy:
         self._number = 0
 
     def round(self, world: World) -> None:
-        """Decide once and carry it out."""
+        """Decide and carry it out; again at once as long as somebody's turn comes only in the next round."""
+        while self._decide(world):
+            pass
+
+    def _decide(self, world: World) -> bool:
         self._follow(world)
         deployments = tuple(self._deployment(one) for one in world.served)
         runs = tuple(entry.run for entry in self._entries.values())
@@ -73,6 +77,7 @@ class PoolPolicy:
                 world.start_replica(one, len(started[one.traffic.name]))
         if plan.decisions:
             world.wake()
+        return any(wait.reason.rule == "next_round" for wait in plan.waits)
 
     def _follow(self, world: World) -> None:
         """New jobs come, finished ones go."""

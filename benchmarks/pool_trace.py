@@ -94,15 +94,22 @@ def training_jobs(trace: list[TraceJob], num_gpus: int, days: float, load: float
     for copy in range(1000):
         for job in rng.sample(fitting, len(fitting)):
             if left <= 0:
-                ends = [(job, job.arrival_s + job.duration_s - span_s) for job in taken]
-                rests = [
-                    replace(job, name=f"{job.name}.rest", arrival_s=0.0, duration_s=over, is_rest=True) for job, over in ends if over > 0
-                ]
-                return sorted([*taken, *rests], key=lambda job: job.arrival_s)
+                return sorted([*taken, *_rests(taken, span_s)], key=lambda job: job.arrival_s)
             arrival_s = (job.arrival_s + (rng.uniform(-1800, 1800) if copy else 0.0)) % span_s
             taken.append(TraceJob(f"{job.name}.{copy}", arrival_s, job.size, job.duration_s))
             left -= job.size * job.duration_s
     raise AssertionError(load)
+
+
+def _rests(jobs: list[TraceJob], span_s: float) -> list[TraceJob]:
+    """What would still run at the beginning if the same jobs had come in every span before."""
+    rests = []
+    for job in jobs:
+        over_s, number = job.arrival_s + job.duration_s - span_s, 1
+        while over_s > 0:
+            rests.append(replace(job, name=f"{job.name}.rest{number}", arrival_s=0.0, duration_s=over_s, is_rest=True))
+            over_s, number = over_s - span_s, number + 1
+    return rests
 
 
 def serving_traffic(chat: list[int], num_gpus: int, days: float, share: float, num_deployments: int, seed: int) -> list[Traffic]:
