@@ -67,7 +67,7 @@ class Scenario:
 SCENARIOS = (
     Scenario(64, 7, 15.0, (1, 2, 3)),
     Scenario(256, 7, 30.0, (1,)),
-    Scenario(10_000, 0.25, 60.0, (1,), peers_at="1x"),
+    Scenario(10_000, 0.5, 60.0, (1,), peers_at="1x"),
 )
 QUICK = (Scenario(64, 0.5, 15.0, (1,)),)
 SIZES = (1250, 2500, 5000, 10_000)
