@@ -364,6 +364,13 @@ def test_at_its_quota_a_projects_own_runs_make_room() -> None:
     assert waits(plan) == {"new": "coming"}
 
 
+def test_at_its_quota_nobody_is_asked_for_a_run_that_would_have_no_room_even_then() -> None:
+    wide, large = run("wide", 1, 2, {"n0": 0.0, "n0#": 5.0}), run("large", worker=Resources(gpus=2, cpus=1))
+    plan = decide(pool(wide, large, on=nodes(2), quotas=(Quota("p", training_gpus=3),)), SHORT)
+    assert lines(plan) == []
+    assert waits(plan) == {"large": "quota"}
+
+
 def test_what_is_leaving_counts_for_the_quota_until_it_has_left() -> None:
     wide = run("wide", 1, 2, {"n0": 0.0, "n0#": 5.0})
     leaving = replace(wide, groups=(wide.groups[0], replace(wide.groups[1], leaving=True)))

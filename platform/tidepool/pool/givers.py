@@ -113,7 +113,7 @@ class Givers:
             if short[position] <= 0:
                 break
         for piece in reversed(released):
-            self._take_back(piece)
+            self.take_back(piece)
         return None
 
     def _needed(self, released: list[Piece]) -> list[Piece]:
@@ -124,7 +124,7 @@ class Givers:
             footprint = self._footprint(piece)
             name = piece.holding.run.name
             if name not in paused and all(self._room.soon.free[node] >= units for node, units in footprint):
-                self._take_back(piece)
+                self.take_back(piece)
                 continue
             kept.append(piece)
             if piece.smaller == 0:
@@ -132,7 +132,8 @@ class Givers:
                 piece.holding.is_paused = True
         return kept[::-1]
 
-    def _take_back(self, piece: Piece) -> None:
+    def take_back(self, piece: Piece) -> None:
+        """Count a released piece as held again."""
         piece.is_released = False
         for node, units in self._footprint(piece):
             self._room.use(self._room.soon, node, units)

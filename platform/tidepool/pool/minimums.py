@@ -92,7 +92,10 @@ def meet(state: Round, holding: Holding, power: Power, reservation: Reservation 
 
 
 def _shrink_own_project(state: Round, holding: Holding, over: Reason) -> bool:
-    """At the quota: runs of the same project give up what they hold above their min. False if that is not enough."""
+    """At the quota: runs of the same project give up what they hold above their min.
+
+    False if that is not enough, or if there would be no room then; in that case nobody is asked.
+    """
     run, project = holding.run, holding.run.project
     excess = state.usage.training_excess(project, holding.missing * holding.gpus_per_group)
     pieces = []
@@ -101,7 +104,11 @@ def _shrink_own_project(state: Round, holding: Holding, over: Reason) -> bool:
         excess -= len(piece.groups) * piece.holding.gpus_per_group
         if excess <= 0:
             break
-    if excess > 0:
+    for piece in pieces:
+        state.givers.release(piece)
+    if excess > 0 or not state.room.take(state.room.soon, holding.options, holding.missing, run.workers_per_group):
+        for piece in reversed(pieces):
+            state.givers.take_back(piece)
         state.waits.append(Wait(run.name, holding.missing, over))
         return False
     for piece in pieces:

@@ -111,8 +111,7 @@ class Round:
         return Claimed([], True)
 
     def ask_back_for_quota(self, piece: Piece, claimant: str) -> None:
-        """Ask a run for a piece, so that its project stays within its quota."""
-        self.givers.release(piece)
+        """Ask a run for a released piece, so that its project stays within its quota."""
         run = piece.holding.run
         sizes = {"held": piece.holding.num_groups, "smaller": piece.holding.num_groups - len(piece.groups)}
         quota = self.usage.training_quota(run.project)
