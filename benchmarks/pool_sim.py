@@ -85,11 +85,11 @@ class Outcome:
 # --- One pool ------------------------------------------------------------------------------------------------------------
 
 
-def simulate(scenario: Scenario, seed: int, data: Path) -> dict[str, Outcome]:
+def simulate(scenario: Scenario, seed: int, trace: list[TraceJob], chat: list[int]) -> dict[str, Outcome]:
     """Every way to share the same jobs and traffic."""
     gpus, days, spacing_s = scenario.num_gpus, scenario.days, scenario.spacing_s
-    jobs = training_jobs(read_philly(data), gpus, days, LOAD, seed)
-    traffic = serving_traffic(read_chat(data), gpus, days, SERVING, max(2, gpus // 32), seed)
+    jobs = training_jobs(trace, gpus, days, LOAD, seed)
+    traffic = serving_traffic(chat, gpus, days, SERVING, max(2, gpus // 32), seed)
     one_pool: dict[str, Callable[[], Scheduler]] = {
         "ours 1x": lambda: PoolPolicy(gpus, 1, spacing_s),
         "ours 2x": lambda: PoolPolicy(gpus, 2, spacing_s),
@@ -275,11 +275,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=ROOT / ".." / "shared" / "data", help="folder of the traces (default: ../shared/data)")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="draw utilisation and waiting of each pool here (needs matplotlib)")
     options = parser.parse_args()
-    first = head()
+    first, trace, chat = head(), read_philly(options.data), read_chat(options.data)
     rows: list[dict[str, Any]] = []
     rows += decision_rows(QUICK_SIZES if options.quick else SIZES)
     for scenario in QUICK if options.quick else SCENARIOS:
-        by_seed = [simulate(scenario, seed, options.data) for seed in scenario.seeds]
+        by_seed = [simulate(scenario, seed, trace, chat) for seed in scenario.seeds]
         rows += rows_of(scenario, by_seed)
         if options.json:
             options.json.write_text(json.dumps([first, *rows], indent=1) + "\n")
