@@ -13,6 +13,7 @@ from tidepool import __version__, local_cluster
 from tidepool.data_commands import add_data_commands
 from tidepool.errors import ClusterError, SpecError, TidepoolError
 from tidepool.model_commands import add_model_commands
+from tidepool.pool_commands import add_pool_commands
 from tidepool.registry import ModelVersion, Registry
 from tidepool.specs import STORE_VARIABLE
 from tidepool.storage import ObjectStore, open_store
@@ -42,6 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     add_store_commands(commands.add_parser("store", help="check that an object store is fit for commits"))
     inspect = add_data_commands(commands.add_parser("data", help="look at prepared datasets"), _store)
     _add_store(inspect, _DEFAULT_STORE)
+    add_pool_commands(commands.add_parser("pool", help="who holds which GPU, and why; what a run would get"))
     up = commands.add_parser("up", help="start a Ray cluster on this machine and serve what is published in its store")
     _add_store(up, f"default: ${STORE_VARIABLE}, else a local directory, {_LOCAL_STORE}")
     up.add_argument("--num-cpus", type=int, default=4, help="logical CPUs: how many workers and replicas fit at a time (default: 4)")
