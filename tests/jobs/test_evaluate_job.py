@@ -89,7 +89,7 @@ def plain_loss(url: str, folder: Path, model: str, num_samples: int) -> float:
     if version.kind == "adapter":
         loaded = PeftModel.from_pretrained(loaded, registry.fetch(version, folder))
     samples = Dataset(store, find_dataset(store, "tides"), "held_out", 4).read(range(num_samples))
-    assert (samples.documents_NT.max(axis=1) > 0).sum() >= 3, "documents share samples"
+    assert (samples.documents_NT.max(axis=1) > 0).sum() >= 2, "documents share samples"
     total, num_targets = 0.0, 0
     for tokens, mask, documents in zip(samples.tokens_NT, samples.loss_mask_NT, samples.documents_NT, strict=True):
         for number in sorted(set(documents.tolist()) - {-1}):
