@@ -16,7 +16,7 @@ from tidepool.errors import TidepoolError
 from tidepool.specs import RunSpec, load_spec
 from tidepool.telemetry import configure_logging
 from tidepool.training.driver import train
-from tidepool.training.worker import Outcome
+from tidepool.training.outcome import Outcome
 
 STOPPED = 143
 

@@ -1,4 +1,4 @@
-"""What the source tree must never hold: a package named `platform`, a way to run code from data."""
+"""What the source tree must never hold: a package named `platform`, a way to run code from data; and what must stay light."""
 
 import ast
 import os
@@ -97,3 +97,9 @@ def test_no_module_unpickles_or_trusts_a_models_code(path: Path) -> None:
         if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
             assert isinstance(node.value, ast.Constant), ast.unparse(node)
             assert node.value.value is False, ast.unparse(node)
+
+
+def test_the_coordinator_of_a_run_needs_no_torch() -> None:
+    """It is a process of its own in each run: importing torch there would cost each start seconds."""
+    code = "import sys, tidepool.training.coordinator; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "platform")}, check=True)

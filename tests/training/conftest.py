@@ -17,8 +17,9 @@ from tidepool.specs import DataSpec, RunSpec, parse_spec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.telemetry import MemorySink
 from tidepool.training.group import LocalGroup
+from tidepool.training.outcome import Outcome
 from tidepool.training.pins import read_pins, resolve
-from tidepool.training.worker import Outcome, Task, run_task
+from tidepool.training.worker import Task, run_task
 
 CONFIG = {
     "model_type": "llama",

@@ -22,7 +22,7 @@ from tidepool.models.scratch import new_config
 from tidepool.registry import Registry
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
-from tidepool.training.worker import Outcome
+from tidepool.training.outcome import Outcome
 
 JOBS = {"train": train, "evaluate": evaluate}
 

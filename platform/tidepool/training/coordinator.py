@@ -6,7 +6,7 @@ Its name belongs to the run, so that a run has one driver at a time in a cluster
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tidepool.training.worker import Outcome
+from tidepool.training.outcome import Outcome
 
 
 @dataclass(frozen=True)

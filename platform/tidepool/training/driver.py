@@ -33,11 +33,12 @@ from tidepool.specs import RunSpec, WorkersSpec
 from tidepool.storage import open_store
 from tidepool.telemetry import configure_logging
 from tidepool.training.coordinator import Coordinator
+from tidepool.training.outcome import Outcome
 from tidepool.training.pins import read_pins, resolve
 from tidepool.training.ray_worker import NAMESPACE, coordinator_name, train_worker
 from tidepool.training.restarts import Failure, give_up
 from tidepool.training.versions import installed_versions
-from tidepool.training.worker import Outcome, Task, read_result
+from tidepool.training.worker import Task, read_result
 
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.5

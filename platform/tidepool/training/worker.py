@@ -8,7 +8,6 @@ Which worker it is, on which device, and who listens to its metrics are handed i
 
 import logging
 import tempfile
-from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +41,7 @@ from tidepool.training.group import Group
 from tidepool.training.loop import Beat, StepLoop
 from tidepool.training.memory import Demand, advise, loading_advice, model_size, told_of_memory
 from tidepool.training.numerics import fingerprint, prepare_process, resolve_dtype
+from tidepool.training.outcome import Outcome
 from tidepool.training.pins import Pins, base_source, check_worker, write_document
 from tidepool.training.state import Tensors, tensors_digest
 
@@ -56,15 +56,6 @@ class Task:
     spec: RunSpec
     pins: Pins
     incarnation: Incarnation
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a worker's part ended: `finished`, or stopped on request after `step` steps. `result` is `result.json`."""
-
-    finished: bool
-    step: int
-    result: Mapping[str, Any] | None
 
 
 def run_task(task: Task, group: Group, device: torch.device, sinks: list[Sink], beat: Beat) -> Outcome:
