@@ -252,7 +252,7 @@ def test_old_checkpoints_are_removed(prepared: str, run_name: str, store: Object
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"dataset": "tide"}, DataError, "there are: tides"),
+        ({"dataset": "tide"}, DataError, "there are: .*tides"),
         ({"model": {"base": "bose"}}, ModelError, "did you mean base"),
         ({"model": {"base": "base", "lora": {"target_modules": ["query"]}}}, ModelError, "it has .*q_proj"),
         ({"model": {"config": CONFIG | {"hiden_size": 3}}}, ModelError, "hidden_size"),
