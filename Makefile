@@ -30,7 +30,7 @@ test-s3: setup
 	@$(BIN)/python -m pytest --s3 ceph tests/stores tests/storage tests/checkpoint tests/registry tests/training/test_killed_run.py
 
 test-unit: setup
-	@$(BIN)/python -m pytest -m "not cluster"
+	@$(BIN)/python -m pytest -m "not cluster and not slow"
 
 lint: setup
 	@$(BIN)/ruff check .

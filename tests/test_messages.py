@@ -265,6 +265,7 @@ def message_of(process: "subprocess.Popen[str]") -> str:
     return the_message(process.returncode, out, err)
 
 
+@pytest.mark.slow
 def test_as_processes_all_jobs_end_with_the_message_and_status_1(url: str, tmp_path: Path) -> None:
     processes = {job: start_process(job, spec_of(job, url, tmp_path) | {"datset": "x"}, tmp_path) for job in JOBS}
     for job, process in processes.items():

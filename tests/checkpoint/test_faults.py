@@ -125,6 +125,7 @@ class Victim:
         return Fault.DROP_BEFORE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "after"])
 def test_a_writer_killed_at_any_request_loses_nothing(
     direct: ObjectStore, between: Proxy, moment: str, record_property: Callable[[str, object], None]
@@ -144,6 +145,7 @@ def test_a_writer_killed_at_any_request_loses_nothing(
     record_property("kill_points", num_requests)
 
 
+@pytest.mark.slow
 def test_a_writer_killed_at_any_operation_on_a_local_directory_loses_nothing(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

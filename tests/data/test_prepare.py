@@ -418,6 +418,7 @@ prepare(spec, load_tokenizer(Path(sys.argv[2])), Path(sys.argv[2]), open_store(s
 """
 
 
+@pytest.mark.slow
 @pytest.mark.chaos
 def test_a_preparation_that_was_killed_goes_on_with_what_it_wrote(tmp_path: Path, tokenizer: Any, tokenizer_folder: Path) -> None:
     """A real SIGKILL, with some shards in the store and one half written."""

@@ -117,6 +117,7 @@ def test_the_loss_is_that_of_plain_transformers(evaluate: Evaluate, url: str, tm
     assert measured["num_samples"] == NUM_SAMPLES
 
 
+@pytest.mark.slow
 def test_the_adapter_makes_a_difference_and_batches_make_none(evaluate: Evaluate, url: str) -> None:
     num_held_out = find_dataset(open_store(url), "tides").num_samples["held_out"]
     results = [

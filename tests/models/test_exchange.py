@@ -119,6 +119,7 @@ def plain_adapter(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "plain"
 
 
+@pytest.mark.slow
 def test_every_export_of_every_family_has_the_same_logits_without_tidepool(
     url: str, tmp_path: Path, tokenizer: Any, tidepool: Callable[..., str]
 ) -> None:

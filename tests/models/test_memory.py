@@ -74,6 +74,7 @@ print(json.dumps(peaks))
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_memory_is_bounded_by_a_chunk_or_by_the_model_once(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
