@@ -62,10 +62,21 @@ class Quorum:
 
 
 @dataclass(frozen=True)
+class Process:
+    """Where a worker runs."""
+
+    pid: int
+    node_id: str
+    node_ip: str
+    library: str
+    """Where its own copy of this library lies."""
+
+
+@dataclass(frozen=True)
 class Report:
     """What a worker is, and where its main thread stands.
 
-    `phase` is load, wait (for a quorum), connect, transfer, step, exchange, evaluate, commit or finish; `progress` grows with each
+    `phase` is load, wait (for a quorum), connect, restore, transfer, step, exchange, evaluate, commit or finish; `progress` grows with each
     thing that is done in it. `slowest_s` has the longest time that one such thing has taken, by phase.
     """
 
@@ -90,6 +101,15 @@ class Report:
     broken: str = ""
     """Why it left its last quorum, where that was a failure."""
     slowest_s: Mapping[str, float] = field(default_factory=dict)
+    spent_s: Mapping[str, float] = field(default_factory=dict)
+    """The main thread's time so far, by phase."""
+    num_steps: int = 0
+    """Steps that this process has completed."""
+    step_s: float = 0.0
+    """The median time of the last of them."""
+    session: int = 0
+    """The incarnation that the worker's driver began with: a worker of an earlier driver is not this one's."""
+    process: Process | None = None
 
     @property
     def is_ready(self) -> bool:
