@@ -43,7 +43,7 @@ _CONNECT_TIMEOUT_S = 10
 _NAME_TIMEOUT_S = 20
 _LEAVE_TIMEOUT_S = 30
 """How long workers may take to end once the run has."""
-_PLACE_TIMEOUT_S = 60
+_PLACE_TIMEOUT_S = 180
 """How long a group above the minimum may wait for its place."""
 _BACK_OFF_S = 60
 
