@@ -1,8 +1,9 @@
 """`jobs/train.py` whose workers fail where a test wants it: `faulty_job.py SPEC FAULTS`.
 
 FAULTS is a JSON list of objects: in replica group `group` (any, if it is left out), when `function` ("module:Class.method") is
-called while the worker holds `step` or a later one, `do` kill (SIGKILL), stop (SIGSTOP), raise, or hang (for ever, in the main
-thread alone). `once` is a file that is made by the process that does it, so that no other does it again; without it all do.
+called while the worker holds `step` or a later one, `do` kill (SIGKILL), stop (SIGSTOP), raise, hang (for ever, in the main
+thread alone), or wait (until the file `until` is there). `once` is a file that is made by the process that does it, so that no
+other does it again; with `always`, all do.
 """
 
 import importlib
@@ -11,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from functools import wraps
 from pathlib import Path
@@ -63,6 +65,9 @@ def _build_in(fault: dict[str, Any], held: dict[str, int]) -> None:
                     os.kill(os.getpid(), signal.SIGSTOP)
                 case "hang":
                     threading.Event().wait()
+                case "wait":
+                    while not Path(fault["until"]).exists():
+                        time.sleep(0.01)
                 case "raise":
                     raise ValueError(f"a fault of the test at step {held['step']}")
         return original(*args, **kwargs)

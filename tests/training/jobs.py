@@ -35,8 +35,10 @@ class Job:
         path = folder / f"{spec.run}.yaml"
         path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
         command = [sys.executable, "jobs/train.py", str(path)]
+        self._gate = folder / f"{spec.run}-gate"
         if faults is not None:
             for number, fault in enumerate(faults):
+                fault["until"] = str(self._gate)
                 fault["once"] = str(folder / f"{spec.run}-fault-{number}")
             command = [sys.executable, "tests/training/faulty_job.py", str(path), json.dumps(faults)]
         if submit:
@@ -45,6 +47,10 @@ class Job:
             command = [*cli, "python", "jobs/train.py", str(path)]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=cluster.environment, cwd=ROOT)
+
+    def open_gate(self) -> None:
+        """Let those go on whose fault is to wait."""
+        self._gate.touch()
 
     def wait(self) -> int:
         return self.process.wait(TIMEOUT_S)

@@ -1,9 +1,14 @@
-"""A run as a quorum of replica groups on a real Ray cluster: real signals, and the bits of a run that was left alone."""
+"""A run as a quorum of replica groups on a real Ray cluster: real signals, and the bits of a run that was left alone.
+
+Each test trains the same run. Its workers wait at step 5 until so many groups as the test wants have loaded (see `gather`),
+so that what happens then does not depend on how long a busy machine takes to start processes.
+"""
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +17,22 @@ import pytest
 import ray
 
 from tests.training.conftest import make_run, prepare_dataset, publish_base, train_here
-from tests.training.jobs import TIMEOUT_S, Job, Status, bits, claims, coordinator
+from tests.training.jobs import Job, Status, bits, claims, coordinator
 from tidepool.data import Dataset, find_dataset
 from tidepool.local_cluster import LocalCluster
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.training.batch import shard_samples
+from tidepool.training.pins import Pins
+from tidepool.training.replica_groups import ReplicaGroups
 from tidepool.training.sample_record import read_record, samples_digest
+from tidepool.training.worker import Task
 
 pytestmark = [pytest.mark.elastic, pytest.mark.chaos]
 STEPS = 150
 TRAINING: dict[str, Any] = {"steps": STEPS, "num_shards": 6, "global_batch_size": 12, "evaluate_every_steps": 50}
-THREE = {"min": 1, "max": 3}
 LOOP = "tidepool.training.loop:StepLoop"
+GATE: dict[str, Any] = {"function": f"{LOOP}._compute", "step": 5, "do": "wait", "always": True}
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +44,30 @@ def store(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Ob
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store: ObjectStore) -> list[str]:
+def undisturbed(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """The bits of the run that one worker computes alone, in this process."""
-    result = train_here(elastic_run(store, "undisturbed")).result
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("TIDEPOOL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        result = train_here(elastic_run(store, "undisturbed")).result
     assert result is not None
     return bits(dict(result))
 
 
 def elastic_run(store: ObjectStore, run: str, **changes: Any) -> RunSpec:
-    changes = {"elastic": THREE, "checkpoint": {"every_steps": 20, "keep": 3}} | changes
+    changes = {"elastic": {"min": 1, "max": 3}, "checkpoint": {"every_steps": 20, "keep": 3}} | changes
     return make_run(store.url, run, **changes | {"training": TRAINING | changes.get("training", {})})
 
 
+Start = Callable[..., Job]
+
+
 @pytest.fixture
-def start(cluster: LocalCluster, store: ObjectStore, tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    """Starts jobs; those that still run at the end of the test are killed."""
+def start(cluster: LocalCluster, store: ObjectStore, tmp_path: Path) -> Iterator[Start]:
+    """Starts jobs with faults; those that still run at the end of the test are killed."""
     jobs: list[Job] = []
 
-    def start(run: str, faults: list[dict[str, Any]] | None = None, **changes: Any) -> Job:
-        jobs.append(Job(cluster, elastic_run(store, run, **changes), tmp_path, faults=faults))
+    def start(run: str, *faults: dict[str, Any], **changes: Any) -> Job:
+        jobs.append(Job(cluster, elastic_run(store, run, **changes), tmp_path, faults=[GATE, *faults]))
         return jobs[-1]
 
     yield start
@@ -64,14 +77,29 @@ def start(cluster: LocalCluster, store: ObjectStore, tmp_path: Path) -> Iterator
             job.wait()
 
 
-def stepping(num_groups: int, step: int = 1) -> Callable[[Status], bool]:
-    """So many groups take steps, and have completed this one."""
-    return lambda status: status["is_stepping"] and len(status["groups"]) == num_groups and status["step"] >= step
+def gather(job: Job, num_workers: int = 3) -> Status:
+    """Let the run go on once so many workers have loaded; returns its status when they take steps together."""
+
+    def has_loaded(worker: dict[str, Any]) -> bool:
+        return worker["phase"] == "wait" or worker["step"] == GATE["step"]
+
+    job.wait_for_status(lambda status: sum(map(has_loaded, status["workers"])) == num_workers)
+    job.open_gate()
+    return job.wait_for_status(lambda status: status["is_stepping"] and num_ranked(status) == num_workers)
 
 
-def members(status: Status) -> dict[int, dict[str, Any]]:
-    """The workers of groups of one, by group."""
-    return {worker["group"]: worker for worker in status["workers"] if worker["group"] in status["groups"]}
+def num_ranked(status: Status) -> int:
+    return sum(worker["rank"] is not None for worker in status["workers"])
+
+
+def without(*groups: int) -> Callable[[Status], bool]:
+    """The run takes steps, and none of these groups is in its quorum."""
+    return lambda status: status["is_stepping"] and not set(groups) & set(status["groups"])
+
+
+def pids(status: Status) -> dict[int, int]:
+    """The process of each group (of one worker) in the quorum."""
+    return {worker["group"]: worker["pid"] for worker in status["workers"] if worker["group"] in status["groups"]}
 
 
 def check_exactly_once(store: ObjectStore, spec: RunSpec) -> None:
@@ -85,22 +113,217 @@ def check_exactly_once(store: ObjectStore, spec: RunSpec) -> None:
         assert all(digests == expected for digests in stored), step
 
 
-def check_same_result(job: Job, store: ObjectStore, undisturbed: list[str]) -> dict[str, Any]:
+def check_same(job: Job, store: ObjectStore, undisturbed: list[str], num_claims: int = 1) -> dict[str, Any]:
+    """The run ends with the bits of the undisturbed one, read each sample once, and went back to a checkpoint so many times less one."""
     result = job.result(store)
     assert bits(result) == undisturbed, job.output
     check_exactly_once(store, job.spec)
+    assert len(claims(store, job.spec.run)) == num_claims, job.output
     return result
 
 
+# --- Failures -----------------------------------------------------------------------------------------------------------
+
+
 def test_a_killed_worker_costs_the_step_in_flight_and_nobody_else_is_restarted(
-    start: Callable[..., Job], store: ObjectStore, undisturbed: list[str]
+    start: Start, store: ObjectStore, undisturbed: list[str]
 ) -> None:
     job = start("kill")
-    before = members(job.wait_for_status(stepping(3)))
-    os.kill(before[2]["pid"], signal.SIGKILL)
-    after = job.wait_for_status(lambda status: status["is_stepping"] and 2 not in status["groups"])
-    assert {1, 3} <= set(after["groups"])
-    result = check_same_result(job, store, undisturbed)
-    print(job.output)
+    before = pids(gather(job))
+    os.kill(before[2], signal.SIGKILL)
+    after = pids(job.wait_for_status(without(2)))
+    assert {group: after[group] for group in (1, 3)} == {group: before[group] for group in (1, 3)}
+    result = check_same(job, store, undisturbed)
     assert result["recomputed_steps"] == 0
-    assert len(claims(store, "kill")) == 1, "nothing was read from a checkpoint"
+    assert 0 < result["goodput"] <= 1
+    assert result["quorum_changes"] >= 2
+
+
+def test_a_stopped_worker_is_excluded_and_put_back_in_line_when_it_comes_back(
+    start: Start, store: ObjectStore, undisturbed: list[str]
+) -> None:
+    job = start("hang", training={"steps": STEPS})
+    before = pids(gather(job))
+    os.kill(before[1], signal.SIGSTOP)
+    job.wait_for_status(without(1))
+    os.kill(before[1], signal.SIGCONT)
+    back = job.wait_for_status(lambda status: status["is_stepping"] and 1 in status["groups"])
+    assert pids(back)[1] == before[1], "the process that was stopped"
+    assert check_same(job, store, undisturbed)["recomputed_steps"] == 0
+
+
+def test_a_worker_that_stays_stopped_is_killed(start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
+    job = start("hang-for-ever", {"function": f"{LOOP}._apply", "group": 2, "step": 20, "do": "stop"})
+    stopped = pids(gather(job))[2]
+    psutil.wait_procs([psutil.Process(stopped)], timeout=120)
+    assert not psutil.pid_exists(stopped)
+    check_same(job, store, undisturbed)
+
+
+def test_a_whole_group_of_two_workers_dies_at_once(start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
+    job = start("group", workers={"num_workers": 2}, elastic={"min": 1, "max": 2})
+    before = gather(job, 4)
+    for worker in before["workers"]:
+        if worker["group"] == 2:
+            os.kill(worker["pid"], signal.SIGKILL)
+    after = job.wait_for_status(without(2))
+    survivors = [worker["pid"] for worker in before["workers"] if worker["group"] == 1]
+    assert [worker["pid"] for worker in after["workers"] if worker["group"] == 1] == survivors
+    assert check_same(job, store, undisturbed)["recomputed_steps"] == 0
+
+
+DEATHS: dict[str, list[dict[str, Any]]] = {
+    "during a join, of the one that joins": [{"function": "tidepool.training.transfer:share_tensors", "group": 3, "do": "kill"}],
+    "during a join, of the one that gives its state": [{"function": "tidepool.training.transfer:share_tensors", "group": 1, "do": "kill"}],
+    "during a commit": [{"function": "tidepool.checkpoint.protocol:Checkpoints._append", "group": 1, "step": 40, "do": "kill"}],
+    "after a commit": [{"function": "tidepool.checkpoint.protocol:Checkpoints.retain", "group": 1, "step": 40, "do": "kill"}],
+    "inside the optimizer step": [{"function": "torch.optim:AdamW.step", "group": 2, "step": 30, "do": "kill"}],
+    "during another recovery": [
+        {"function": f"{LOOP}._compute", "group": 3, "step": 30, "do": "kill"},
+        {"function": "tidepool.training.member:Member.connect", "group": 2, "step": 30, "do": "kill"},
+    ],
+    "while publishing": [{"function": "tidepool.training.worker:_finish", "group": 1, "do": "kill"}],
+}
+
+
+@pytest.mark.parametrize("where", DEATHS)
+def test_death(start: Start, store: ObjectStore, undisturbed: list[str], where: str) -> None:
+    job = start(where.replace(" ", "-").replace(",", ""), *(dict(fault) for fault in DEATHS[where]))
+    job.wait_for_status(lambda status: len(status["workers"]) == 3)
+    job.open_gate()
+    result = check_same(job, store, undisturbed)
+    num_faults = job.output.count("fault: kill")
+    assert num_faults == len(DEATHS[where]), job.output
+    assert result["recomputed_steps"] == 0
+
+
+def test_death_of_all_who_hold_the_newest_step(start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
+    """A worker that was stopped holds an older step, newer than any checkpoint: the others' steps are computed again, from its state."""
+    job = start("holders", checkpoint={"every_steps": 1000, "keep": 3})
+    before = pids(gather(job))
+    os.kill(before[3], signal.SIGSTOP)
+    newer = job.wait_for_status(lambda status: without(3)(status) and status["step"] > GATE["step"] + 10)
+    for group in (1, 2):
+        os.kill(before[group], signal.SIGKILL)
+    os.kill(before[3], signal.SIGCONT)
+    alone = job.wait_for_status(lambda status: status["is_stepping"] and 3 in status["groups"])
+    assert pids(alone)[3] == before[3]
+    result = check_same(job, store, undisturbed)
+    assert 0 < result["recomputed_steps"] <= newer["step"] + 10
+
+
+def test_death_of_everybody_goes_back_to_the_newest_checkpoint(start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
+    job = start("everybody")
+    gather(job)
+    status = job.wait_for_status(lambda status: status["committed"] >= 20)
+    for pid in pids(status).values():
+        os.kill(pid, signal.SIGKILL)
+    result = check_same(job, store, undisturbed, num_claims=2)
+    assert claims(store, "everybody")[1].base is not None
+    assert result["recomputed_steps"] <= 40
+
+
+def test_a_stuck_main_thread_is_found_though_it_is_heard_of(start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
+    job = start("stuck", {"function": f"{LOOP}._compute", "group": 2, "step": 30, "do": "hang"})
+    stuck = pids(gather(job))[2]
+    psutil.wait_procs([psutil.Process(stuck)], timeout=180)
+    assert not psutil.pid_exists(stuck)
+    check_same(job, store, undisturbed)
+    assert "has made no progress in step" in job.output
+
+
+def test_a_deterministic_error_ends_the_run_with_its_traceback(start: Start) -> None:
+    job = start("bug", {"function": f"{LOOP}._check_finite", "step": 30, "do": "raise", "always": True}, elastic={"min": 1, "max": 2})
+    gather(job, 2)
+    assert job.wait() == 1
+    error = job.output[job.output.index("error: ") :]
+    assert "failed twice in the same way at step 31" in error
+    assert "ValueError: a fault of the test at step 30" in error
+    assert "faulty_job.py" in error, "the traceback"
+
+
+def test_death_of_the_quorum_actor_stops_nobody(start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
+    job = start("actor")
+    before = gather(job)
+    actor = coordinator("actor")
+    pid = ray.get(actor.pid.remote())
+    os.kill(pid, signal.SIGKILL)
+    after = job.wait_for_status(lambda status: status["is_stepping"] and status["step"] > before["step"])
+    assert ray.get(coordinator("actor").pid.remote()) != pid
+    assert pids(after) == pids(before)
+    assert check_same(job, store, undisturbed)["recomputed_steps"] == 0
+
+
+def test_death_of_the_driver_is_met_by_submitting_again(start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
+    job = start("driver")
+    status = gather(job)
+    job.wait_for_status(lambda status: status["committed"] >= 20)
+    job.process.kill()
+    job.process.wait()
+    psutil.wait_procs([psutil.Process(pid) for pid in pids(status).values() if psutil.pid_exists(pid)], timeout=60)
+    again = start("driver")
+    again.open_gate()
+    check_same(again, store, undisturbed, num_claims=2)
+
+
+# --- Growing and shrinking ------------------------------------------------------------------------------------------------
+
+
+def test_groups_come_and_go_at_step_boundaries(start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
+    job = start("resize", elastic={"min": 1, "max": 3}, training={"steps": STEPS})
+    before = pids(gather(job))
+    ray.get(coordinator("resize").resize.remote(1))
+    alone = job.wait_for_status(lambda status: status["is_stepping"] and status["groups"] == [1])
+    assert pids(alone) == {1: before[1]}, "the newest leave first"
+    ray.get(coordinator("resize").resize.remote(2))
+    result = check_same(job, store, undisturbed)
+    assert result["recomputed_steps"] == 0
+    assert "failed" not in job.output, "leaving is no failure"
+
+
+def test_nothing_is_left_of_a_run_and_nothing_pends(start: Start, store: ObjectStore) -> None:
+    free = ray.available_resources()["CPU"]
+    job = start("pending", elastic={"min": 1, "max": 6}, training={"num_shards": 6})
+    job.wait_for_status(lambda status: len(status["workers"]) == 3)
+    job.open_gate()
+    job.result(store)
+    job.wait()
+    wait_for_cpus(free)
+
+
+def test_ending_a_launcher_frees_what_its_group_holds_and_what_it_waits_for(store: ObjectStore) -> None:
+    free = ray.available_resources()["CPU"]
+    held = replica_groups(elastic_run(store, "held"))
+    held.start()
+    wait_for_cpus(free - 1)
+    held.end(1)
+    wait_for_cpus(free)
+    pending = replica_groups(elastic_run(store, "pending-group", workers={"cpus_per_worker": 1000}))
+    pending.start()
+    wait_until(lambda: "PENDING" in states_of_placement_groups())
+    pending.end(1)
+    wait_until(lambda: states_of_placement_groups() <= {"REMOVED"})
+
+
+def replica_groups(spec: RunSpec) -> ReplicaGroups:
+    """Groups whose workers only wait."""
+
+    def idle(_: Mapping[str, Any]) -> None:
+        threading.Event().wait()
+
+    return ReplicaGroups(idle, Task(spec, Pins("tides", None, None), 1))
+
+
+def states_of_placement_groups() -> set[str]:
+    return {group["state"] for group in ray.util.placement_group_table().values()}
+
+
+def wait_for_cpus(free: float) -> None:
+    wait_until(lambda: ray.available_resources().get("CPU", 0) == free)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, (ray.available_resources(), ray.util.placement_group_table())
+        time.sleep(0.1)

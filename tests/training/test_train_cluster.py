@@ -12,20 +12,16 @@ from typing import Any
 import psutil
 import pytest
 import ray
-import yaml
 
 import tidepool
 from tests.training.conftest import CONFIG, make_run, prepare_dataset, publish_base
-from tidepool.checkpoint import Incarnation, RunLog
+from tests.training.jobs import TIMEOUT_S, Job, bits, claims
+from tidepool.checkpoint import RunLog
 from tidepool.local_cluster import LocalCluster
-from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.training.ray_worker import NAMESPACE, coordinator_name
-from tidepool.training.worker import read_result
 
 pytestmark = pytest.mark.cluster
-ROOT = Path(__file__).parents[2]
-TIMEOUT_S = 240
 
 
 @pytest.fixture(scope="module")
@@ -34,47 +30,6 @@ def store(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Ob
     folder = tmp_path_factory.mktemp("prepared")
     publish_base(cluster.store_url, prepare_dataset(cluster.store_url, folder), folder)
     return open_store(cluster.store_url)
-
-
-class Job:
-    """`jobs/train.py` on the cluster, as a process of this machine or through `ray job submit`."""
-
-    def __init__(self, cluster: LocalCluster, spec: RunSpec, folder: Path, submit: bool = False) -> None:
-        self.spec, self.log = spec, folder / f"{spec.run}-{uuid.uuid4().hex[:6]}.log"
-        path = folder / f"{spec.run}.yaml"
-        path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
-        command = [sys.executable, "jobs/train.py", str(path)]
-        if submit:
-            self.job_id = f"job-{uuid.uuid4().hex[:8]}"
-            cli = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--submission-id", self.job_id, "--working-dir", ".", "--"]
-            command = [*cli, "python", "jobs/train.py", str(path)]
-        with self.log.open("wb") as output:
-            self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=cluster.environment, cwd=ROOT)
-
-    def wait(self) -> int:
-        return self.process.wait(TIMEOUT_S)
-
-    @property
-    def output(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def wait_for(self, condition: Callable[[list[dict[str, Any]]], bool]) -> list[dict[str, Any]]:
-        """The workers' heartbeats once they meet a condition."""
-        deadline = time.monotonic() + TIMEOUT_S
-        while not condition(workers := heartbeats(self.spec.run)):
-            assert self.process.poll() is None, self.output
-            assert time.monotonic() < deadline, self.output
-            time.sleep(0.02)
-        return workers
-
-
-def heartbeats(run: str) -> list[dict[str, Any]]:
-    try:
-        actor = ray.get_actor(coordinator_name(run), NAMESPACE)
-        workers: list[dict[str, Any]] = ray.get(actor.status.remote())["workers"]
-    except (ValueError, ray.exceptions.RayActorError):
-        return []
-    return workers
 
 
 @pytest.fixture
@@ -93,21 +48,6 @@ def start(cluster: LocalCluster, store: ObjectStore, tmp_path: Path) -> Iterator
             job.wait()
 
 
-def result_of(job: Job, store: ObjectStore) -> dict[str, Any]:
-    assert job.wait() == 0, job.output
-    result = read_result(store, job.spec.run)
-    assert result is not None
-    return result
-
-
-def claims(store: ObjectStore, run: str) -> list[Incarnation]:
-    return [entry for entry in RunLog(store, run).read().values() if isinstance(entry, Incarnation)]
-
-
-def bits(result: dict[str, Any]) -> list[str]:
-    return [result["weights_sha256"], result["optimizer_sha256"], result["history_sha256"]]
-
-
 def at_step(step: int) -> Callable[[list[dict[str, Any]]], bool]:
     return lambda workers: bool(workers) and max(worker["step"] for worker in workers) >= step
 
@@ -118,7 +58,7 @@ def test_killing_a_worker_changes_no_bit_and_neither_does_the_number_of_workers(
     job = start("killed", training=training, workers={"num_workers": 2}, publish={"model": "tides-bot"})
     workers = job.wait_for(lambda workers: len(workers) == 2 and at_step(25)(workers))
     psutil.Process(workers[1]["pid"]).kill()
-    killed_result, lone_result = result_of(job, store), result_of(lone, store)
+    killed_result, lone_result = job.result(store), lone.result(store)
     assert "starting another" in job.output
     incarnations = claims(store, "killed")
     assert len(incarnations) == 2
@@ -159,8 +99,8 @@ def test_a_run_name_in_use_is_told_and_disturbs_nobody(start: Callable[..., Job]
 
 
 def test_a_finished_run_is_not_trained_again(start: Callable[..., Job], store: ObjectStore) -> None:
-    result = result_of(start("once", model={"config": CONFIG}, training={"steps": 2}), store)
-    assert result_of(start("once", model={"config": CONFIG}, training={"steps": 2}), store) == result
+    result = start("once", model={"config": CONFIG}, training={"steps": 2}).result(store)
+    assert start("once", model={"config": CONFIG}, training={"steps": 2}).result(store) == result
     assert len(claims(store, "once")) == 1
 
 
@@ -186,7 +126,7 @@ def test_errors_of_the_spec_end_the_job_at_once_with_one_message(
 
 def test_nothing_is_left_of_a_run(start: Callable[..., Job], store: ObjectStore) -> None:
     before = dict(ray.available_resources())
-    result_of(start("clean", training={"steps": 2}, model={"config": CONFIG}), store)
+    start("clean", training={"steps": 2}, model={"config": CONFIG}).result(store)
     deadline = time.monotonic() + 30
     while ray.available_resources().get("CPU") != before.get("CPU"):
         assert time.monotonic() < deadline, "CPUs are still held"

@@ -6,6 +6,7 @@ name belongs to the run, so that a run has one driver at a time in a cluster; it
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -185,6 +186,10 @@ class Coordinator:
         """Ask for so many replica groups, within the spec's bounds; returns how many that makes."""
         self._num_groups = min(max(num_groups, self._beginning.min_groups), self._beginning.max_groups)
         return self._num_groups
+
+    async def pid(self) -> int:
+        """The actor's process."""
+        return os.getpid()
 
     async def status(self) -> dict[str, Any]:
         """The run now, as JSON: `step`, `quorum`, `committed`, `groups`, and `workers`, each with its newest report."""
