@@ -230,7 +230,7 @@ class QuorumMachine:
         decisions: list[Decision] = []
         if not self._is_fatal:
             for one in self._known():
-                one.is_stuck = one.is_stuck or self._makes_no_progress(one, now)
+                one.is_stuck = one.is_stuck or self._makes_no_progress(one)
             self._end_current(now, decisions)
             if self._has_driver(now):
                 self._take_over(now)
@@ -349,23 +349,26 @@ class QuorumMachine:
                 return f"worker {report.worker} is silent"
             if worker.is_stuck:
                 return f"worker {report.worker} is stuck in {report.phase}"
-        if all(self._waits_for_peers(worker, now) for worker in members):
+        if all(self._waits_for_peers(worker) for worker in members):
             return "its workers wait for one another"
         return ""
 
-    def _waits_for_peers(self, worker: _Worker, now: float) -> bool:
-        return worker.report.phase in _WITH_PEERS and self._since_s(worker.progress_at, now) > self._deadline_s("exchange")
+    def _waits_for_peers(self, worker: _Worker) -> bool:
+        return worker.report.phase in _WITH_PEERS and self._stands_s(worker) > self._deadline_s("exchange")
 
-    def _makes_no_progress(self, worker: _Worker, now: float) -> bool:
+    def _makes_no_progress(self, worker: _Worker) -> bool:
         """Its main thread stands still, and not because it waits for others."""
         report = worker.report
         if report.phase == "wait":
-            is_late = self._since_s(max(self._formed_at, worker.progress_at), now) > self._rules.enter_s
-            return is_late and self._is_member(report.worker)
+            return self._is_member(report.worker) and self._stands_s(worker, self._formed_at) > self._rules.enter_s
         if report.phase in _WITH_PEERS:
-            is_late = self._since_s(max(self._over_at, worker.progress_at), now) > self._rules.enter_s
-            return is_late and report.is_active and _entered(report) <= self.over
-        return self._since_s(worker.progress_at, now) > self._deadline_s(report.phase)
+            is_told = report.is_active and _entered(report) <= self.over
+            return is_told and self._stands_s(worker, self._over_at) > self._rules.enter_s
+        return self._stands_s(worker) > self._deadline_s(report.phase)
+
+    def _stands_s(self, worker: _Worker, since: float = 0.0) -> float:
+        """How long it has reported the same place. What it does while it is silent is not known, and not held against it."""
+        return worker.received_at - max(worker.progress_at, since, self._awake_since)
 
     def _deadline_s(self, phase: str) -> float:
         slowest_s = self._slowest_s.get(phase)
@@ -481,11 +484,11 @@ class QuorumMachine:
     def _is_member(self, one: WorkerId) -> bool:
         return self.is_active and self.current is not None and one in self.current.workers
 
-    def _since_s(self, at: float, now: float) -> float:
-        return now - max(at, self._awake_since)
+    def _silent_s(self, worker: _Worker, now: float) -> float:
+        return now - max(worker.received_at, self._awake_since)
 
     def _is_silent(self, worker: _Worker, now: float) -> bool:
-        return self._since_s(worker.received_at, now) > self._rules.lease_s
+        return self._silent_s(worker, now) > self._rules.lease_s
 
     def _is_present(self, worker: _Worker, now: float) -> bool:
         one = worker.report.worker
@@ -505,11 +508,11 @@ class QuorumMachine:
             one = worker.report.worker
             if one in self._killed or one in self._dead or self._groups[one.group].is_ended or self._is_member(one):
                 continue
-            silent_s = self._since_s(worker.received_at, now)
+            silent_s = self._silent_s(worker, now)
             if silent_s > self._rules.lease_s + self._rules.kill_after_s:
                 why = f"has said nothing for {silent_s:.0f} s"
             elif worker.is_stuck:
-                why = f"has made no progress in {worker.report.phase} for {now - worker.progress_at:.0f} s"
+                why = f"has made no progress in {worker.report.phase} for {self._stands_s(worker):.0f} s"
             else:
                 continue
             self._killed.add(one)
