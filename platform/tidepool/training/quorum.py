@@ -4,18 +4,21 @@ A quorum is over as soon as one of its workers has left it, is silent, is stuck 
 one is formed from all groups that wait, whole, at a step boundary; the highest step among them wins.
 
 Invariants (checked after every event, and from outside in tests/training/test_quorum.py):
-- A new quorum is formed only when every worker that may be taking steps in an older one has said that it left, is known to
-  be dead, or has had no lease for a lease's duration. So two quorums never step at once.
+- Only members of the quorum that goes on are given leases. A new quorum is formed only when every worker that may be taking
+  steps in an older one has said that it left, is known to be dead, or its last lease has run out. So two quorums never step
+  at once.
 - Numbers only grow, also over a restart of the machine.
 - No quorum starts below the newest commit that is known.
 - A group is in a quorum whole or not at all; a worker without state hands none on.
 - Workers that hold the same step must agree on its digest, else the run ends.
+- Without a recent word from the driver, which may have started another machine, nothing is granted, formed or killed.
 
-A restarted machine waits until all that its predecessor can have granted has run out, unless every worker of one quorum reports
-to it that it goes on: then that quorum is adopted, and nobody stops.
+A restarted machine grants nothing until all that its predecessors can have granted has run out: one of them may live on, cut
+off from the driver, and form quorums of workers that this machine does not see. Then, if every worker of the newest quorum
+reports that it is in it, that quorum is adopted, and nobody has left it meanwhile.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tidepool.training.membership import NONE, Committed, Directive, Number, Quorum, Report, WorkerId
@@ -32,7 +35,7 @@ class Rules:
     kill_after_s: float = 10.0
     """After so much more silence the processes of an excluded group are killed."""
     enter_s: float = 20.0
-    """How long a member may take to enter a quorum that was formed."""
+    """How long a member may take to enter a quorum that was formed, or to stop waiting for others in one that is over."""
     unlearned_s: float = 600.0
     """The deadline of one thing in a phase (a shard, a batch, a commit) that has not been seen yet."""
     learned_factor: float = 10.0
@@ -59,7 +62,12 @@ class Tick:
 
 @dataclass(frozen=True)
 class DriverSeen:
-    """The driver has been here."""
+    """The driver has been here. `heard_at` is what this machine's clock said in the last answer that it had got by then (0.0: none).
+
+    So a word of the driver that was long under way grants nothing.
+    """
+
+    heard_at: float
 
 
 @dataclass(frozen=True)
@@ -151,6 +159,12 @@ Decision = Formed | Over | Probe | Kill | ClaimNeeded | Fatal
 
 # --- The machine ------------------------------------------------------------------------------------------------------
 
+_WITH_PEERS = ("connect", "transfer", "exchange")
+"""Phases in which a worker may wait for others."""
+_CLOCK_MARGIN = 1.01
+"""Clocks may run apart by one percent."""
+_PROBE_EVERY_S = 0.25
+
 
 @dataclass
 class _Worker:
@@ -159,6 +173,8 @@ class _Worker:
     progress_at: float
     leased_at: float
     """When a lease was last given to it."""
+    is_stuck: bool
+    """It was found so, and has not moved since."""
 
 
 @dataclass
@@ -181,10 +197,12 @@ class QuorumMachine:
         self._groups: dict[int, _Group] = {}
         self._dead: set[WorkerId] = set()
         self._killed: set[WorkerId] = set()
-        self._driver_seen_at = now
-        self._waits_until = now + rules.driver_lease_s + rules.lease_s if epoch else now
+        self._probed_at: dict[WorkerId, float] = {}
+        self._driver_heard_at = float("-inf")
+        self._handled_at = self._awake_since = now
+        self._waits_until = now + (rules.driver_lease_s + rules.lease_s) * _CLOCK_MARGIN if epoch else now
         self.current: Quorum | None = None
-        self._formed_at = now
+        self._formed_at = self._over_at = now
         self.over = NONE
         self._count = 0
         self._slowest_s: dict[str, float] = {}
@@ -205,12 +223,50 @@ class QuorumMachine:
 
     def handle(self, event: Event, now: float) -> list[Decision]:
         """Take an event in and say what is to be done."""
+        if now - self._handled_at > self._rules.lease_s / 2:
+            self._awake_since = now  # this process was held up itself: reports that came meanwhile are still to be handled
+        self._handled_at = now
+        self._note(event, now)
         decisions: list[Decision] = []
+        if not self._is_fatal:
+            for one in self._known():
+                one.is_stuck = one.is_stuck or self._makes_no_progress(one)
+            self._end_current(now, decisions)
+            if self._has_driver(now):
+                self._take_over(now)
+                self._form_next(now, decisions)
+                self._kill_lost(now, decisions)
+        self._check()
+        return decisions
+
+    def directive(self, report: Report, now: float) -> Directive:
+        """The answer to a report that was taken in just now. It may give a lease, which is noted."""
+        group = self._groups[report.worker.group]
+        worker = group.workers[report.worker.rank]
+        is_leased = self._gives_lease(worker, now)
+        if is_leased:
+            worker.leased_at = now
+        is_member = self._is_member(report.worker)
+        return Directive(
+            sequence=report.sequence,
+            epoch=self._epoch,
+            quorum=self.current if is_member else None,
+            over=self.over,
+            is_leased=is_leased,
+            change=is_member and self._wants_change(now),
+            stop=self._stopping,
+            leave=group.is_ended or (group.is_leaving and not worker.report.is_active and not is_member),
+            committed=self._committed,
+        )
+
+    # --- Taking in ----------------------------------------------------------------------------------------------------
+
+    def _note(self, event: Event, now: float) -> None:
         match event:
             case Reported(report):
                 self._take(report, now)
-            case DriverSeen():
-                self._driver_seen_at = now
+            case DriverSeen(heard_at):
+                self._driver_heard_at = max(self._driver_heard_at, heard_at)
             case GroupEnded(group):
                 self._groups.setdefault(group, _Group(0)).is_ended = True
             case Refused(worker):
@@ -226,45 +282,21 @@ class QuorumMachine:
                 self._stopping = True
             case Tick():
                 pass
-        if not self._is_fatal:
-            self._adopt(now)
-            self._end_current(now, decisions)
-            self._form_next(now, decisions)
-            self._kill_lost(now, decisions)
-        self._check()
-        return decisions
-
-    def directive(self, report: Report, now: float) -> Directive:
-        """The answer to a report that was taken in just now."""
-        group = self._groups[report.worker.group]
-        member = self.current if self.is_active and self.current and report.worker in self.current.workers else None
-        is_out = not report.is_active
-        return Directive(
-            sequence=report.sequence,
-            epoch=self._epoch,
-            quorum=member,
-            over=self.over,
-            is_leased=self._gives_lease(report.worker, now),
-            change=member is not None and self._wants_change(now),
-            stop=self._stopping,
-            leave=group.is_ended or (group.is_leaving and is_out and member is None),
-            committed=self._committed,
-        )
-
-    # --- Taking in ----------------------------------------------------------------------------------------------------
 
     def _take(self, report: Report, now: float) -> None:
         group = self._groups.setdefault(report.worker.group, _Group(report.group_size))
         group.size = report.group_size
         before = group.workers.get(report.worker.rank)
-        if before is not None and report.sequence <= before.report.sequence:
+        if before is None:
+            worker = _Worker(report, now, now, now - self._rules.lease_s * _CLOCK_MARGIN, is_stuck=False)
+            group.workers[report.worker.rank] = worker
+        elif report.sequence <= before.report.sequence:
             return  # late or twice
-        has_moved = before is None or (before.report.phase, before.report.progress) != (report.phase, report.progress)
-        progress_at = now if before is None or has_moved else before.progress_at
-        worker = _Worker(report, now, progress_at, before.leased_at if before else now - self._rules.lease_s)
-        group.workers[report.worker.rank] = worker
-        if self._gives_lease(report.worker, now):
-            worker.leased_at = now
+        else:
+            worker = before
+            if (report.phase, report.progress) != (worker.report.phase, worker.report.progress):
+                worker.progress_at, worker.is_stuck = now, False
+            worker.report, worker.received_at = report, now
         for phase, duration_s in report.slowest_s.items():
             self._slowest_s[phase] = max(duration_s, self._slowest_s.get(phase, 0.0))
         self._committed = max(self._committed, report.committed)
@@ -273,18 +305,21 @@ class QuorumMachine:
         if quorum is not None and quorum == self.current and report.step is not None and report.step > quorum.step:
             self._futile = 0
 
-    def _adopt(self, now: float) -> None:
-        """After a restart: go on with the quorum whose every worker is here and in it."""
-        if not self._epoch or self.current is not None:
+    def _take_over(self, now: float) -> None:
+        """After a restart: go on with the newest quorum if its every worker is here and in it, else end all that were before."""
+        if not self._epoch or self.current is not None or self.over != NONE or now < self._waits_until:
             return
-        active = {worker.report.worker: worker.report for worker in self._known() if self._is_present(worker, now)}
-        for report in active.values():
-            quorum = report.quorum
-            if quorum is not None and report.is_active and quorum.number > self.over:
-                same = (active[one].quorum == quorum and active[one].is_active for one in quorum.workers if one in active)
-                if all(one in active for one in quorum.workers) and all(same):
-                    self.current, self._formed_at, self._waits_until = quorum, now, now
-                    return
+        entered = [worker.report.quorum for worker in self._known() if worker.report.quorum is not None]
+        newest = max(entered, key=lambda quorum: quorum.number, default=None)
+        if newest is not None and all(self._goes_on(one, newest, now) for one in newest.workers):
+            self.current, self._formed_at = newest, now
+            self.over = Number(newest.number.epoch, newest.number.count - 1)
+        else:
+            self.over, self._over_at = Number(self._epoch, 0), now
+
+    def _goes_on(self, one: WorkerId, quorum: Quorum, now: float) -> bool:
+        worker = self._find(one)
+        return worker is not None and self._is_present(worker, now) and worker.report.is_active and worker.report.quorum == quorum
 
     # --- Ending -------------------------------------------------------------------------------------------------------
 
@@ -292,41 +327,48 @@ class QuorumMachine:
         if self.current is None or not self.is_active:
             return
         if why := self._why_over(self.current, now):
-            self.over = self.current.number
+            self.over, self._over_at = self.current.number, now
             decisions.append(Over(self.over, why))
 
     def _why_over(self, quorum: Quorum, now: float) -> str:
-        workers = [(one, self._find(one)) for one in quorum.workers]
-        for one, worker in workers:
-            if one in self._dead:
-                return f"worker {one} is dead"
-            if worker is None:
-                continue
+        if quorum.incarnation < self._claimed.incarnation:
+            return f"incarnation {self._claimed.incarnation} was claimed"
+        for worker in self._known():
+            if _entered(worker.report) > quorum.number:
+                return f"worker {worker.report.worker} has been in the newer one {_entered(worker.report)}"
+        members = [self._groups[one.group].workers[one.rank] for one in quorum.workers]
+        for worker in members:
             report = worker.report
-            if report.quorum is not None and report.quorum.number == quorum.number and not report.is_active:
-                return f"worker {one} left it at step {report.step}" + (f" ({report.broken})" if report.broken else "")
-            if self._groups[one.group].is_ended:
-                return f"group {one.group} has ended"
-            if now - worker.received_at > self._rules.lease_s:
-                return f"worker {one} is silent"
-            if self._is_stuck(worker, now):
-                return f"worker {one} is stuck in {report.phase}"
-        if all(worker is not None and self._waits_for_peers(worker, now) for _, worker in workers):
+            if report.worker in self._dead:
+                return f"worker {report.worker} is dead"
+            if _entered(report) == quorum.number and not report.is_active:
+                return f"worker {report.worker} left it at step {report.step}" + (f" ({report.broken})" if report.broken else "")
+            if self._groups[report.worker.group].is_ended:
+                return f"group {report.worker.group} has ended"
+            if self._is_silent(worker, now):
+                return f"worker {report.worker} is silent"
+            if worker.is_stuck:
+                return f"worker {report.worker} is stuck in {report.phase}"
+        if all(self._waits_for_peers(worker) for worker in members):
             return "its workers wait for one another"
         return ""
 
-    def _waits_for_peers(self, worker: _Worker, now: float) -> bool:
-        return worker.report.phase in ("exchange", "connect", "transfer") and now - worker.progress_at > self._deadline_s("exchange")
+    def _waits_for_peers(self, worker: _Worker) -> bool:
+        return worker.report.phase in _WITH_PEERS and self._stands_s(worker) > self._deadline_s("exchange")
 
-    def _is_stuck(self, worker: _Worker, now: float) -> bool:
-        """Its main thread makes no progress, and not because it waits for others."""
-        report, since_s = worker.report, now - worker.progress_at
+    def _makes_no_progress(self, worker: _Worker) -> bool:
+        """Its main thread stands still, and not because it waits for others."""
+        report = worker.report
         if report.phase == "wait":
-            is_member = self.is_active and self.current is not None and report.worker in self.current.workers
-            return is_member and now - max(self._formed_at, worker.progress_at) > self._rules.enter_s
-        if report.phase in ("exchange", "connect", "transfer"):
-            return False
-        return since_s > self._deadline_s(report.phase)
+            return self._is_member(report.worker) and self._stands_s(worker, self._formed_at) > self._rules.enter_s
+        if report.phase in _WITH_PEERS:
+            is_told = report.is_active and _entered(report) <= self.over
+            return is_told and self._stands_s(worker, self._over_at) > self._rules.enter_s
+        return self._stands_s(worker) > self._deadline_s(report.phase)
+
+    def _stands_s(self, worker: _Worker, since: float = 0.0) -> float:
+        """How long it has reported the same place. What it does while it is silent is not known, and not held against it."""
+        return worker.received_at - max(worker.progress_at, since, self._awake_since)
 
     def _deadline_s(self, phase: str) -> float:
         slowest_s = self._slowest_s.get(phase)
@@ -337,50 +379,35 @@ class QuorumMachine:
     # --- Forming ------------------------------------------------------------------------------------------------------
 
     def _form_next(self, now: float, decisions: list[Decision]) -> None:
-        if self.is_active:
+        if self.is_active or now < self._waits_until:
             return
-        if now < self._waits_until:
-            return
-        if self._epoch and self.current is None:
-            self.over = max(self.over, Number(self._epoch, 0))
-        if unclear := [worker for worker in self._known() if not self._is_out(worker, now)]:
-            decisions += [Probe(worker.report.worker, worker.report.address) for worker in unclear]
+        if unclear := [worker.report for worker in self._known() if not self._is_out(worker, now)]:
+            for report in unclear:
+                if now - self._probed_at.get(report.worker, float("-inf")) >= _PROBE_EVERY_S:
+                    self._probed_at[report.worker] = now
+                    decisions.append(Probe(report.worker, report.address))
             return
         groups = [group for number, group in sorted(self._groups.items()) if self._is_candidate(number, now)]
-        if len(groups) < self._min_groups:
-            return
-        if self._futile >= self._rules.max_futile:
-            self._is_fatal = True
-            why = f" The last one was left because of: {self._last_broken}" if self._last_broken else ""
-            decisions.append(Fatal(f"{self._futile} quorums one after the other completed no step; can the nodes reach one another?{why}"))
-            return
-        reports = [group.workers[rank].report for group in groups for rank in range(group.size)]
-        self._form(reports, now, decisions)
+        if len(groups) >= self._min_groups:
+            reports = [group.workers[rank].report for group in groups for rank in range(group.size)]
+            decisions += self._form(reports, now)
 
-    def _form(self, reports: list[Report], now: float, decisions: list[Decision]) -> None:
-        holders = [report for report in reports if report.step is not None and report.step >= self._committed.step]
-        step = max((report.step for report in holders if report.step is not None), default=None)
-        if step is None and (self._claimed.base_step < self._committed.step or self._claim_asked):
-            if not self._claim_asked:
+    def _form(self, reports: list[Report], now: float) -> list[Decision]:
+        step = max((report.step for report in reports if report.step is not None and self._counts(report)), default=None)
+        if step is None:
+            if any(self._may_hold(group) for group in self._groups.values()):
+                return []
+            if self._claim_asked:
+                return []
+            if self._claimed.base_step < self._committed.step:
                 self._claim_asked = True
-                decisions.append(ClaimNeeded())
-            return
-        newest = [report for report in holders if report.step == step]
-        if len({report.digest for report in newest}) > 1:
+                return [ClaimNeeded()]
+        newest = [report for report in reports if step is not None and report.step == step]
+        if fatal := self._why_fatal(newest, step):
             self._is_fatal = True
-            who = ", ".join(f"{report.worker} ({report.address})" for report in newest)
-            decisions.append(
-                Fatal(
-                    f"the workers {who} disagree on what step {step} computed: one of their nodes does not compute correctly. "
-                    f"What was committed (step {self._committed.step}) is safe"
-                )
-            )
-            return
-        source = newest[0].worker if step is not None else reports[0].worker if self._claimed.base else None
-        if step is not None:
-            behind = tuple(report.worker for report in reports if report.step != step)
-        else:
-            behind = tuple(report.worker for report in reports if report.worker != source) if source else ()
+            return [fatal]
+        source = newest[0].worker if newest else reports[0].worker if self._claimed.base else None
+        behind = tuple(report.worker for report in reports if report not in newest and report.worker != source) if source else ()
         self._count += 1
         self._futile += 1
         self.current = Quorum(
@@ -395,25 +422,46 @@ class QuorumMachine:
             from_base=step is None,
         )
         self._formed_at = now
-        decisions.append(Formed(self.current))
+        return [Formed(self.current)]
+
+    def _why_fatal(self, newest: list[Report], step: int | None) -> Fatal | None:
+        if len({report.digest for report in newest}) > 1:
+            who = ", ".join(f"{report.worker} ({report.address})" for report in newest)
+            return Fatal(
+                f"the workers {who} disagree on what step {step} computed: one of their nodes does not compute correctly. "
+                f"What was committed (step {self._committed.step}) is safe"
+            )
+        if step is not None and self.current is not None and step > self.current.step:
+            self._futile = 0  # whoever was to report it has died since
+        if self._futile >= self._rules.max_futile:
+            why = f" The last one was left because of: {self._last_broken}" if self._last_broken else ""
+            return Fatal(f"{self._futile} quorums one after the other completed no step; can the nodes reach one another?{why}")
+        return None
+
+    def _counts(self, report: Report) -> bool:
+        return report.step is not None and report.step >= self._committed.step
+
+    def _may_hold(self, group: _Group) -> bool:
+        """Its silent workers hold newer state than those that wait, and are not given up yet."""
+        workers = {worker.report.worker for worker in group.workers.values()}
+        is_gone = group.is_ended or group.is_leaving or bool(workers & (self._dead | self._killed))
+        return not is_gone and any(worker.report.is_active or self._counts(worker.report) for worker in group.workers.values())
 
     def _is_out(self, worker: _Worker, now: float) -> bool:
-        """It takes no step in any quorum: it says so, it is dead, or its lease has run out and is not renewed."""
+        """It takes no step in any quorum: it says so, it is dead, or its lease has run out. Who is alive and well is waited for."""
         if worker.report.worker in self._dead or (not worker.report.is_active and self._is_settled(worker)):
             return True
-        return now - worker.leased_at >= self._rules.lease_s and not self._gives_lease(worker.report.worker, now)
+        return now - worker.leased_at >= self._rules.lease_s * _CLOCK_MARGIN and not self._is_present(worker, now)
 
     def _is_settled(self, worker: _Worker) -> bool:
-        """It has heard that the last quorum that it may have been told to enter is over."""
-        is_ours = self.current is not None and self.current.number.epoch == self._epoch
-        if is_ours and self.current is not None and worker.report.worker not in self.current.workers:
+        """It has heard that the last quorum that it may have been told to enter is over, or it was told of none."""
+        if self.current is None or worker.report.worker not in self.current.workers:
             return True
-        entered = worker.report.quorum.number if worker.report.quorum else NONE
-        return max(entered, worker.report.over) >= self.over
+        return max(_entered(worker.report), worker.report.over) >= self.over
 
     def _is_candidate(self, number: int, now: float) -> bool:
         group = self._groups[number]
-        if group.is_ended or group.is_leaving or not group.size or len(group.workers) < group.size:
+        if group.is_leaving or not group.size or len(group.workers) < group.size:
             return False
         return all(worker.report.is_ready and self._is_present(worker, now) for worker in group.workers.values())
 
@@ -433,38 +481,42 @@ class QuorumMachine:
         group = self._groups.get(one.group)
         return group.workers.get(one.rank) if group else None
 
-    def _is_present(self, worker: _Worker, now: float) -> bool:
-        is_silent = now - worker.received_at > self._rules.lease_s
-        return worker.report.worker not in self._dead and not is_silent and not self._is_stuck(worker, now)
+    def _is_member(self, one: WorkerId) -> bool:
+        return self.is_active and self.current is not None and one in self.current.workers
 
-    def _gives_lease(self, one: WorkerId, now: float) -> bool:
-        """Whether a report of this worker, if it comes now, is answered with a lease."""
-        worker = self._find(one)
-        if worker is None or self._groups[one.group].is_ended or self._is_fatal:
-            return False
-        newest = worker.report.quorum.number if worker.report.quorum else NONE
-        if now - self._driver_seen_at > self._rules.driver_lease_s or newest.epoch > self._epoch:
-            return False
-        return self._is_present(worker, now)
+    def _silent_s(self, worker: _Worker, now: float) -> float:
+        return now - max(worker.received_at, self._awake_since)
+
+    def _is_silent(self, worker: _Worker, now: float) -> bool:
+        return self._silent_s(worker, now) > self._rules.lease_s
+
+    def _is_present(self, worker: _Worker, now: float) -> bool:
+        one = worker.report.worker
+        is_gone = one in self._dead or self._groups[one.group].is_ended
+        return not is_gone and not self._is_silent(worker, now) and not worker.is_stuck
+
+    def _has_driver(self, now: float) -> bool:
+        return now - self._driver_heard_at <= self._rules.driver_lease_s
+
+    def _gives_lease(self, worker: _Worker, now: float) -> bool:
+        is_member = self._is_member(worker.report.worker) and self.current is not None and _entered(worker.report) <= self.current.number
+        return is_member and self._has_driver(now) and not self._is_fatal
 
     def _kill_lost(self, now: float, decisions: list[Decision]) -> None:
+        """Exclude first, kill afterwards: nobody who is in a quorum that goes on."""
         for worker in self._known():
             one = worker.report.worker
-            if one in self._killed or one in self._dead:
+            if one in self._killed or one in self._dead or self._groups[one.group].is_ended or self._is_member(one):
                 continue
-            silent_s = now - worker.received_at
+            silent_s = self._silent_s(worker, now)
             if silent_s > self._rules.lease_s + self._rules.kill_after_s:
                 why = f"has said nothing for {silent_s:.0f} s"
-            elif self._is_stuck(worker, now) and not self._is_pending(one):
-                why = f"has made no progress in {worker.report.phase} for {now - worker.progress_at:.0f} s"
+            elif worker.is_stuck:
+                why = f"has made no progress in {worker.report.phase} for {self._stands_s(worker):.0f} s"
             else:
                 continue
             self._killed.add(one)
             decisions.append(Kill(one, why))
-
-    def _is_pending(self, one: WorkerId) -> bool:
-        """It is still in a quorum that goes on: exclude first, kill afterwards."""
-        return self.is_active and self.current is not None and one in self.current.workers
 
     def _check(self) -> None:
         quorum = self.current
@@ -474,8 +526,11 @@ class QuorumMachine:
         assert quorum.source is None or quorum.source in quorum.workers, quorum
         assert set(quorum.behind) <= set(quorum.workers), quorum
         assert list(quorum.workers) == sorted(set(quorum.workers)), quorum
-        groups = {worker.group for worker in quorum.workers}
-        for number in groups:
-            present: Iterable[int] = (worker.rank for worker in quorum.workers if worker.group == number)
-            assert list(present) == list(range(self._groups[number].size)) or not self._groups[number].size, quorum
-        assert self.over <= max(quorum.number, Number(self._epoch, 0)), (self.over, quorum.number)
+        for number in {worker.group for worker in quorum.workers}:
+            ranks = [worker.rank for worker in quorum.workers if worker.group == number]
+            assert ranks == list(range(self._groups[number].size)), quorum
+        assert self.over <= quorum.number, (self.over, quorum.number)
+
+
+def _entered(report: Report) -> Number:
+    return report.quorum.number if report.quorum else NONE
