@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export PYTHONPATH := $(CURDIR):$(CURDIR)/platform
 export TIDEPOOL_STORE ?= file://$(CURDIR)/.tidepool/demo/store
 
-.PHONY: setup demo test test-s3 test-unit lint up down models lock clean
+.PHONY: setup demo test test-s3 test-elastic test-unit lint up down models lock clean
 
 setup: $(VENV)/.complete
 
@@ -28,6 +28,10 @@ test: setup
 # The same tests on a real Ceph RGW, which is installed from Debian's packages and started for them (root only).
 test-s3: setup
 	@$(BIN)/python -m pytest --s3 ceph tests/stores tests/storage tests/checkpoint tests/registry tests/training/test_killed_run.py
+
+# Replica groups that die, hang, come and go: real signals on a Ray cluster of the session's own.
+test-elastic: setup
+	@$(BIN)/python -m pytest --elastic tests/training/test_elastic_cluster.py
 
 test-unit: setup
 	@$(BIN)/python -m pytest -m "not cluster and not slow"

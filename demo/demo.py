@@ -1,4 +1,4 @@
-"""The demo: from a folder of text to a served model and an adapter, with a training worker killed on the way.
+"""The demo: from a folder of text to a served model and an adapter, with a replica group killed on the way, and one added.
 
     make demo
 
@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,6 @@ import yaml
 from corpus import write_chats, write_source
 
 from tidepool import local_cluster
-from tidepool.checkpoint import Incarnation, RunLog
 from tidepool.errors import TidepoolError
 from tidepool.local_cluster import LocalCluster
 from tidepool.registry import Registry
@@ -46,7 +46,7 @@ BASE_MARGIN = 1.5
 ADAPTER_MARGIN = 0.5
 """The adapter must be better than its base by at least this, on docstrings it has not seen."""
 _TIMEOUT_S = 900
-_POLL_S = 0.2
+_POLL_S = 0.05
 _SAMPLING = {"temperature": 0.6, "seed": 1}  # a model this small, asked for the likeliest token each time, repeats itself
 
 
@@ -56,14 +56,16 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Kill:
-    """What the death of one worker cost the adapter's run."""
+    """What the death of one replica group cost the run, and the coming of the one in its place."""
 
-    rank: int
+    group: int
     pid: int
     at_step: int
-    resumed_from_step: int
     steps_redone: int
-    seconds_lost: float
+    seconds_to_next_step: float
+    added_group: int
+    seconds_to_start_it: float
+    longest_pause_as_it_joined_s: float
 
 
 def main() -> int:
@@ -114,8 +116,8 @@ def _cluster(store_url: str) -> Iterator[LocalCluster]:
 
 def _run(cluster: LocalCluster) -> dict[str, Any]:
     _prepare()
-    base = _train(cluster, "base", kill_worker=False)[0]
-    adapter, kill = _train(cluster, "adapter", kill_worker=True)
+    base, kill = _train(cluster, "base", with_a_kill=True)
+    adapter, _ = _train(cluster, "adapter", with_a_kill=False)
     assert kill is not None
     _check_margin("base", base, BASE_MARGIN)
     _check_margin("adapter", adapter, ADAPTER_MARGIN)
@@ -169,19 +171,19 @@ def _job(arguments: Sequence[str], log: Path) -> None:
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def _train(cluster: LocalCluster, name: str, kill_worker: bool) -> tuple[dict[str, Any], Kill | None]:
+def _train(cluster: LocalCluster, name: str, with_a_kill: bool) -> tuple[dict[str, Any], Kill | None]:
     """Submit a run as a Ray job and follow it to its end."""
     if name == "adapter":
         _job(["jobs/prepare.py", str(FOLDER / "docs.yaml")], FOLDER / "prepare-docs.log")
     spec = load_spec(f"demo/{name}.yaml", RunSpec)
     command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py"]
     command.append(f"demo/{name}.yaml")
-    _say(f"Training {spec.run} on {spec.workers.num_workers} workers: ray {' '.join(command[3:])}")
+    _say(f"Training {spec.run} on up to {spec.elastic.max} replica groups: ray {' '.join(command[3:])}")
     log = FOLDER / f"{spec.run}.log"
     with log.open("wb") as output:
         job = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=cluster.environment | _quiet())
         try:
-            kill = _follow(spec, job, kill_worker)
+            watch = _follow(spec, job, with_a_kill)
         finally:
             job.terminate()
             job.wait()
@@ -190,48 +192,91 @@ def _train(cluster: LocalCluster, name: str, kill_worker: bool) -> tuple[dict[st
         end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
         raise DemoError(f"Run {spec.run} did not finish; the end of {log}:\n{end}")
     print(f"  published {result['published']}; held-out loss {result['held_out_loss_before']:.3f} -> {result['held_out_loss_after']:.3f}")
-    return result, kill
+    return result, watch.cost(result) if with_a_kill else None
 
 
 def _quiet() -> dict[str, str]:
     return {"RAY_LOG_TO_DRIVER_EVENT_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 
 
-def _follow(spec: RunSpec, job: "subprocess.Popen[bytes]", kill_worker: bool) -> Kill | None:
-    """Show the run's progress until its job ends; kill one worker once, in the middle between two commits, if asked to."""
-    steps, every = spec.training.steps, spec.checkpoint.every_steps
-    target = steps // 2 // every * every + every // 2
-    deadline, shown = time.monotonic() + _TIMEOUT_S, ""
-    kill: Kill | None = None
-    killed: tuple[float, dict[str, Any]] | None = None
+class _Watch:
+    """What was seen of a run: when each step was first known to be completed, and what happened to its groups."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, int]] = []
+        self.killed: tuple[float, dict[str, Any]] | None = None
+        self.added: tuple[float, int] | None = None
+        self._first_groups: set[int] = set()
+
+    @property
+    def step(self) -> int:
+        """The newest step."""
+        return self.seen[-1][1] if self.seen else 0
+
+    def note(self, status: dict[str, Any]) -> None:
+        """Take in what the run says of itself."""
+        now = time.monotonic()
+        if status["step"] > self.step:
+            self.seen.append((now, status["step"]))
+        groups = set(status["groups"])
+        if self.killed is None:
+            self._first_groups |= groups
+        elif self.added is None and status["is_stepping"] and (new := groups - self._first_groups):
+            self.added = now, min(new)
+            print(f"  group {min(new)} joined at step {status['step']}", flush=True)
+
+    def kill_newest_group(self, status: dict[str, Any]) -> None:
+        """SIGKILL to every worker of the group that came last."""
+        victims = [worker for worker in status["workers"] if worker["group"] == max(status["groups"])]
+        for victim in victims:
+            psutil.Process(victim["pid"]).kill()
+        self.killed = time.monotonic(), victims[0] | {"step": self.step}
+        print(f"  killed group {victims[0]['group']} (pid {victims[0]['pid']}) at step {self.step}", flush=True)
+
+    def cost(self, result: dict[str, Any]) -> Kill:
+        """Raises `DemoError` if nothing was killed, or nothing was added in its place."""
+        if self.killed is None or self.added is None:
+            raise DemoError("No replica group was killed and replaced while the run went on: this shows nothing.")
+        (killed_at, victim), (added_at, added) = self.killed, self.added
+        next_at = next(at for at, step in self.seen if at > killed_at and step > victim["step"])
+        around = [at for at, _ in self.seen if abs(at - added_at) < 5]
+        pause_s = max((after - before for before, after in pairwise(around)), default=0.0)
+        return Kill(
+            group=victim["group"],
+            pid=victim["pid"],
+            at_step=victim["step"],
+            steps_redone=result["recomputed_steps"],
+            seconds_to_next_step=round(next_at - killed_at, 1),
+            added_group=added,
+            seconds_to_start_it=round(added_at - killed_at, 1),
+            longest_pause_as_it_joined_s=round(pause_s, 1),
+        )
+
+
+def _follow(spec: RunSpec, job: "subprocess.Popen[bytes]", with_a_kill: bool) -> _Watch:
+    """Show the run's progress until its job ends; if asked to, kill a group once, after a third of the steps."""
+    deadline, shown, watch = time.monotonic() + _TIMEOUT_S, "", _Watch()
     while job.poll() is None:
         if time.monotonic() > deadline:
             raise DemoError(f"Run {spec.run} took more than {_TIMEOUT_S} s.")
-        workers = _workers(spec.run)
-        if workers:
-            step, phase = max(w["step"] for w in workers), workers[0]["phase"]
-            shown = _show_progress(shown, f"  step {step} of {steps} ({phase})", step)
-            if kill_worker and killed is None and step >= target:
-                victim = workers[-1]
-                psutil.Process(victim["pid"]).kill()
-                killed = (time.monotonic(), victim)
-                print(f"  killed worker {victim['rank']} (pid {victim['pid']}) at step {victim['step']}", flush=True)
-            if killed and kill is None and workers[0]["incarnation"] > killed[1]["incarnation"] and step > killed[1]["step"]:
-                kill = _cost(spec, *killed)
+        status = _status(spec.run)
+        if status is not None and status["workers"]:
+            watch.note(status)
+            shown = _show_progress(shown, f"  step {watch.step} of {spec.training.steps}, {len(status['groups'])} groups", watch.step)
+            if with_a_kill and watch.killed is None and watch.step >= spec.training.steps // 3 and len(status["groups"]) > 1:
+                watch.kill_newest_group(status)
         time.sleep(_POLL_S)
-    if kill_worker and kill is None:
-        raise DemoError(f"No worker of run {spec.run} was killed and replaced: this shows nothing.")
-    return kill
+    return watch
 
 
-def _workers(run: str) -> list[dict[str, Any]]:
-    """The newest heartbeats of a run's workers, none while it has no driver."""
+def _status(run: str) -> dict[str, Any] | None:
+    """What a run says of itself, None while it has no driver."""
     try:
         actor = ray.get_actor(coordinator_name(run), NAMESPACE)
-        workers: list[dict[str, Any]] = ray.get(actor.status.remote(), timeout=30)["workers"]
+        status: dict[str, Any] = ray.get(actor.status.remote(), timeout=30)
     except (ValueError, ray.exceptions.RayActorError):
-        return []
-    return workers
+        return None
+    return status
 
 
 def _show_progress(before: str, line: str, step: int) -> str:
@@ -240,14 +285,6 @@ def _show_progress(before: str, line: str, step: int) -> str:
         return before
     print(line, flush=True)
     return line
-
-
-def _cost(spec: RunSpec, killed_at: float, victim: dict[str, Any]) -> Kill:
-    log = RunLog(open_store(os.environ["TIDEPOOL_STORE"]), spec.run).read()
-    base = next(entry.base for entry in reversed(log.values()) if isinstance(entry, Incarnation))
-    base_step = base.step if base else 0
-    lost_s = round(time.monotonic() - killed_at, 1)
-    return Kill(victim["rank"], victim["pid"], victim["step"], base_step, victim["step"] - base_step, lost_s)
 
 
 def _check_margin(name: str, result: dict[str, Any], margin: float) -> None:
@@ -308,8 +345,12 @@ def _print_table(summary: dict[str, Any]) -> None:
         print(f"{row['run']:<14}{row['steps']:>6}{row['samples']:>9}{losses}   {row['published']}")
     print("(held-out loss in nats per token; before: an untrained model for the base, the base itself for the adapter)")
     print(
-        f"\nthe kill       worker {kill['rank']} died at step {kill['at_step']}; the run went on from the commit of step "
-        f"{kill['resumed_from_step']}: {kill['steps_redone']} steps redone, {kill['seconds_lost']} s lost, no other effect"
+        f"\nthe kill       group {kill['group']} died at step {kill['at_step']}: {kill['steps_redone']} steps redone, the next step "
+        f"{kill['seconds_to_next_step']} s later, nobody else restarted"
+    )
+    print(
+        f"the addition   group {kill['added_group']} came {kill['seconds_to_start_it']} s after the kill; no step took longer than "
+        f"{kill['longest_pause_as_it_joined_s']} s as it joined"
     )
     for answer in summary["answers"]:
         print(f"{answer['model']:<14} {answer['question']!r} -> {answer['answer']!r}")

@@ -81,3 +81,8 @@ def test_removing_old_commits_from_the_log_changes_nothing_for_the_others(
     kept = counting[len(counting) - data.draw(st.integers(0, len(counting))) :]
     rest = [entry for entry in entries if isinstance(entry, Incarnation) or entry in kept or entry not in counting]
     assert visible_commits(rest) == kept[::-1]
+
+
+def test_a_stopped_writer_that_wakes_up_and_commits_an_older_step_does_not_turn_the_run_back() -> None:
+    newer, older = Commit(1, 20, "b"), Commit(1, 10, "a")
+    assert visible_commits([Incarnation(1, None), newer, older]) == [newer, older]

@@ -93,7 +93,11 @@ def newest_incarnation(entries: Iterable[Entry]) -> int:
 
 
 def visible_commits(entries: Iterable[Entry]) -> list[Commit]:
-    """The commits that count, newest first, from the entries of a log `in_order`. See the module's docstring."""
+    """The commits that count, the highest step first, from the entries of a log `in_order`. See the module's docstring.
+
+    By step and not by place: a writer that was stopped and put out of its quorum may commit an older step of the same
+    incarnation when it wakes up.
+    """
     visible: list[Commit] = []
     newest = 0
     for entry in entries:
@@ -103,4 +107,4 @@ def visible_commits(entries: Iterable[Entry]) -> list[Commit]:
             visible = [commit for commit in visible if entry.base is not None and commit.step <= entry.base.step]
         elif isinstance(entry, Commit) and entry.incarnation == newest:
             visible.append(entry)
-    return visible[::-1]
+    return sorted(visible, key=lambda commit: commit.step)[::-1]

@@ -72,6 +72,8 @@ class Condemned:
 class Orders:
     """What the driver is to do, and what it needs to know. `num_groups` is the number of replica groups that are wanted."""
 
+    clock: float
+    """This coordinator's, when it answered."""
     step: int
     has_quorum: bool
     num_groups: int
@@ -100,14 +102,15 @@ class Coordinator:
         self._begun = asyncio.Event()
         self._ticker: asyncio.Task[None] | None = None
 
-    async def begin(self, beginning: Beginning) -> None:
-        """Before anything else: the name is taken when the actor is made, the run is claimed after that."""
+    async def begin(self, beginning: Beginning) -> float:
+        """Before anything else: the name is taken when the actor is made, the run is claimed after that. Returns this clock."""
         self._beginning, self._num_groups = beginning, beginning.max_groups
         claimed, now = beginning.claimed, time.monotonic()
         self._machine = QuorumMachine(beginning.rules, beginning.min_groups, claimed, beginning.committed, now, beginning.epoch)
         self._ledger = Ledger(time.time(), beginning.account)
         self._ticker = asyncio.get_running_loop().create_task(self._tick())
         self._begun.set()
+        return now
 
     # --- Workers ------------------------------------------------------------------------------------------------------
 
@@ -135,11 +138,12 @@ class Coordinator:
 
     # --- The driver ---------------------------------------------------------------------------------------------------
 
-    async def orders(self) -> Orders:
-        """What is to be done now; a process that is to be killed is named once."""
+    async def orders(self, heard_at: float) -> Orders:
+        """What is to be done now; a process that is to be killed is named once. `heard_at`: see `driver_is_here`."""
         condemned, self._condemned = tuple(self._condemned), []
-        self._handle(DriverSeen())
+        self._handle(DriverSeen(heard_at))
         return Orders(
+            clock=time.monotonic(),
             step=self._newest_step,
             has_quorum=self._machine.is_active,
             num_groups=self._num_groups,
@@ -150,9 +154,10 @@ class Coordinator:
             outcome=self._outcome,
         )
 
-    async def driver_is_here(self) -> None:
-        """The driver lives, whatever it is busy with."""
-        self._handle(DriverSeen())
+    async def driver_is_here(self, heard_at: float) -> float:
+        """The driver lives, whatever it is busy with: it has heard this clock, which is the answer, say `heard_at`."""
+        self._handle(DriverSeen(heard_at))
+        return time.monotonic()
 
     async def group_ended(self, group: int) -> tuple[int, str]:
         """A replica group is no more; returns the step that it held last, and the quorum that it entered last ("" if none)."""

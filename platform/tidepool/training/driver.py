@@ -39,6 +39,7 @@ from tidepool.training.worker import Task, read_result
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.2
 _PULSE_S = 1.0
+_PULSE_TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 10
 _NAME_TIMEOUT_S = 20
 _LEAVE_TIMEOUT_S = 30
@@ -172,13 +173,15 @@ class _Run:
     def _orders(self) -> Orders:
         while True:
             try:
-                orders: Orders = ray.get(self._coordinator.orders.remote())
+                coordinator, heard_at = self._heard
+                orders: Orders = ray.get(coordinator.orders.remote(heard_at))
             except ray.exceptions.RayActorError as error:
                 _logger.warning("the quorum of run %s is gone (%s); starting it again", self._spec.run, str(error).partition("\n")[0])
                 self._epoch += 1
                 self._coordinator = _make_coordinator(self._spec.run, _NAME_TIMEOUT_S)
                 self._begin()
             else:
+                self._heard = coordinator, orders.clock
                 return orders
 
     def _begin(self) -> None:
@@ -195,7 +198,7 @@ class _Run:
             account=account,
             rules=Rules(),
         )
-        ray.get(self._coordinator.begin.remote(beginning))
+        self._heard = self._coordinator, ray.get(self._coordinator.begin.remote(beginning))
 
     def _claim_again(self) -> None:
         """Nobody holds the newest state any more: begin from the newest commit that verifies, as another incarnation."""
@@ -206,7 +209,13 @@ class _Run:
     def _keep_leases(self) -> None:
         """Say that the driver lives, also while its main thread reads a large checkpoint."""
         while not self._ended.wait(_PULSE_S):
-            self._coordinator.driver_is_here.remote()
+            coordinator, heard_at = self._heard
+            try:
+                clock = ray.get(coordinator.driver_is_here.remote(heard_at), timeout=_PULSE_TIMEOUT_S)
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+                continue  # `_orders` sees to it
+            if coordinator is self._coordinator:
+                self._heard = coordinator, clock
 
 
 def _as_claimed(incarnation: Incarnation) -> Claimed:
