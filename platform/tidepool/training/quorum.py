@@ -39,7 +39,8 @@ class Rules:
     unlearned_s: float = 600.0
     """The deadline of one thing in a phase (a shard, a batch, a commit) that has not been seen yet."""
     learned_factor: float = 10.0
-    """The deadline is so many times the longest that was seen in this run, and `least_s` at least."""
+    """The deadline is so many times the longest that was seen in this run, and between `least_s` and `unlearned_s`: waiting for
+    somebody who hung is seen, too."""
     least_s: float = 10.0
     max_futile: int = 10
     """So many quorums without a new step, one after the other, end the run."""
@@ -231,9 +232,10 @@ class QuorumMachine:
         if not self._is_fatal:
             for one in self._known():
                 one.is_stuck = one.is_stuck or self._makes_no_progress(one)
-            self._end_current(now, decisions)
-            if self._has_driver(now):
+            if has_driver := self._has_driver(now):
                 self._take_over(now)
+            self._end_current(now, decisions)
+            if has_driver:
                 self._form_next(now, decisions)
                 self._kill_lost(now, decisions)
         self._check()
@@ -371,10 +373,10 @@ class QuorumMachine:
         return worker.received_at - max(worker.progress_at, since, self._awake_since)
 
     def _deadline_s(self, phase: str) -> float:
-        slowest_s = self._slowest_s.get(phase)
+        rules, slowest_s = self._rules, self._slowest_s.get(phase)
         if slowest_s is None:
-            return self._rules.unlearned_s
-        return max(self._rules.least_s, self._rules.learned_factor * slowest_s)
+            return rules.unlearned_s
+        return min(rules.unlearned_s, max(rules.least_s, rules.learned_factor * slowest_s))
 
     # --- Forming ------------------------------------------------------------------------------------------------------
 
