@@ -71,6 +71,8 @@ class _Run:
     def __init__(self, spec: RunSpec, pins: Pins, store: ObjectStore, worker: WorkerFunction) -> None:
         self._spec, self._store = spec, store
         self._coordinator = _make_coordinator(spec.run)
+        self._heard = self._coordinator, 0.0
+        """The coordinator, and its clock as it was last heard."""
         self._claimed = claim_incarnation(store, spec.run, {"spec_digest": spec.digest})
         self._groups = ReplicaGroups(worker, Task(spec, pins, self._claimed.number))
         self._session, self._epoch = self._claimed.number, 0
