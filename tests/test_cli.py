@@ -194,6 +194,7 @@ def test_a_damaged_cluster_file_is_told_and_kept(capsys: Captured, command: str)
     [
         (["--help"], 0, ["models", "up", "down", "list, show, promote and roll back"]),
         (["models", "--help"], 0, ["list", "show", "promote", "rollback"]),
+        (["runs", "show", "--help"], 0, ["RUN", "--json", "--store URL", "TIDEPOOL_STORE"]),
         (["models", "promote", "--help"], 0, ["name@version", "--alias", "--expected VERSION", "--store URL", "TIDEPOOL_STORE"]),
         (["--version"], 0, [f"tidepool {__version__}"]),
         ([], 2, ["usage: tidepool", "COMMAND"]),

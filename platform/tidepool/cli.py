@@ -1,4 +1,4 @@
-"""The `tidepool` command: models, datasets, stores, and a local cluster. Training is submitted with `ray job submit` (see jobs/).
+"""The `tidepool` command: models, runs, datasets, stores, and a local cluster. Runs are submitted with `ray job submit` (see jobs/).
 
 Exit status: 0 done, 1 an error (one message says what to do), 2 a command line that makes no sense.
 """
@@ -15,9 +15,11 @@ from tidepool.errors import ClusterError, SpecError, TidepoolError
 from tidepool.model_commands import add_model_commands
 from tidepool.pool_commands import add_pool_commands
 from tidepool.registry import ModelVersion, Registry
+from tidepool.run_commands import add_run_commands
 from tidepool.specs import STORE_VARIABLE
 from tidepool.storage import ObjectStore, open_store
 from tidepool.store_commands import add_store_commands
+from tidepool.training.live_status import Look, look
 
 _CLUSTER_FILE = Path(".tidepool/cluster.json")
 _LOCAL_STORE = Path(".tidepool/store")
@@ -40,6 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tidepool {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_models(commands.add_parser("models", help="list, show, promote and roll back published models; import, merge, export"))
+    for command in add_run_commands(
+        commands.add_parser("runs", help="list and show training runs: state, step, workers, goodput"), _store, _look
+    ):
+        _add_store(command, _DEFAULT_STORE)
     add_store_commands(commands.add_parser("store", help="check that an object store is fit for commits"))
     inspect = add_data_commands(commands.add_parser("data", help="look at prepared datasets"), _store)
     _add_store(inspect, _DEFAULT_STORE)
@@ -87,6 +93,13 @@ def _store(options: argparse.Namespace) -> ObjectStore:
     if url is None:
         raise SpecError(f"Which store? Give --store s3://bucket/prefix (or file:///folder), or set {STORE_VARIABLE}.")
     return open_store(url)
+
+
+def _look() -> Look:
+    """Ask the cluster of `RAY_ADDRESS`, else the one that `tidepool up` started here."""
+    if "RAY_ADDRESS" not in os.environ and (cluster := local_cluster.load(_CLUSTER_FILE)) is not None:
+        return look(cluster.environment)
+    return look(os.environ)
 
 
 def _list_models(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from tidepool.telemetry import MemorySink
 from tidepool.training.member import Alone
 from tidepool.training.outcome import Outcome
 from tidepool.training.pins import read_pins, resolve
-from tidepool.training.worker import Task, run_task
+from tidepool.training.worker import Account, Task, run_task
 
 CONFIG = {
     "model_type": "llama",
@@ -112,13 +112,13 @@ def killer(at_step: int, phase: str = "step") -> Beat:
     return beat
 
 
-def train_here(spec: RunSpec, beat: Beat = lambda *_: False, sink: MemorySink | None = None) -> Outcome:
+def train_here(spec: RunSpec, beat: Beat = lambda *_: False, sink: MemorySink | None = None, account: Account = lambda: {}) -> Outcome:
     """One incarnation of a run in this process, as the driver would start it."""
     store = open_store(spec.store)
     pins = read_pins(spec, store) or resolve(spec, store)
     claimed = claim_incarnation(store, spec.run, {"spec_digest": spec.digest})
     base = claimed.base
     alone = Alone(claimed.number, base.name if base else None, base.step if base else 0, beat)
-    outcome = run_task(Task(spec, pins, claimed.number), alone, torch.device("cpu"), [sink or MemorySink()])
+    outcome = run_task(Task(spec, pins, claimed.number), alone, torch.device("cpu"), [sink or MemorySink()], account)
     assert outcome is not None
     return outcome

@@ -1,7 +1,7 @@
 """`jobs/train.py` whose workers fail where a test wants it: `faulty_job.py SPEC FAULTS`.
 
 FAULTS is a JSON list of objects: in replica group `group` (any, if it is left out), when `function` ("module:Class.method") is
-called while the worker holds `step` or a later one, `do` kill (SIGKILL), stop (SIGSTOP), raise, hang (for ever, in the main
+called while the worker holds `step` or a later one (and `when`, Python over its `args`, is true), `do` kill (SIGKILL), stop (SIGSTOP), raise, hang (for ever, in the main
 thread alone), or wait (until the file `until` is there). `once` is a file that is made by the process that does it, so that no
 other does it again; with `always`, all do.
 """
@@ -56,8 +56,10 @@ def _build_in(fault: dict[str, Any], held: dict[str, int]) -> None:
 
     @wraps(original)
     def faulty(*args: Any, **kwargs: Any) -> Any:
-        if held["step"] >= fault.get("step", 0) and _is_first(fault):
-            print(f"fault: {fault['do']} at step {held['step']} in {path}", file=sys.stderr, flush=True)
+        is_there = held["step"] >= fault.get("step", 0) and eval(fault.get("when", "True"), {"args": args})
+        if is_there and _is_first(fault):
+            if fault["do"] != "wait":
+                print(f"fault: {fault['do']} at step {held['step']} in {path}", file=sys.stderr, flush=True)
             match fault["do"]:
                 case "kill":
                     os.kill(os.getpid(), signal.SIGKILL)

@@ -173,16 +173,16 @@ def test_a_whole_group_of_two_workers_dies_at_once(start: Start, store: ObjectSt
 
 
 DEATHS: dict[str, list[dict[str, Any]]] = {
-    "during a join, of the one that joins": [{"function": "tidepool.training.transfer:share_tensors", "group": 3, "do": "kill"}],
-    "during a join, of the one that gives its state": [{"function": "tidepool.training.transfer:share_tensors", "group": 1, "do": "kill"}],
-    "during a commit": [{"function": "tidepool.checkpoint.protocol:Checkpoints._append", "group": 1, "step": 40, "do": "kill"}],
-    "after a commit": [{"function": "tidepool.checkpoint.protocol:Checkpoints.retain", "group": 1, "step": 40, "do": "kill"}],
-    "inside the optimizer step": [{"function": "torch.optim:AdamW.step", "group": 2, "step": 30, "do": "kill"}],
+    "during a join, of the one that joins": [{"function": f"{LOOP}.share", "when": "args[2].rank != args[1]", "do": "kill"}],
+    "during a join, of the one that gives its state": [{"function": f"{LOOP}.share", "when": "args[2].rank == args[1]", "do": "kill"}],
+    "during a commit": [{"function": "tidepool.checkpoint.protocol:Checkpoints._append", "step": 40, "do": "kill"}],
+    "after a commit": [{"function": "tidepool.checkpoint.protocol:Checkpoints.retain", "step": 40, "do": "kill"}],
+    "inside the optimizer step": [{"function": "torch.optim:AdamW.step", "step": 30, "do": "kill"}],
     "during another recovery": [
-        {"function": f"{LOOP}._compute", "group": 3, "step": 30, "do": "kill"},
-        {"function": "tidepool.training.member:Member.connect", "group": 2, "step": 30, "do": "kill"},
+        {"function": f"{LOOP}._compute", "step": 30, "do": "kill"},
+        {"function": "tidepool.training.member:Member.connect", "step": 30, "do": "kill"},
     ],
-    "while publishing": [{"function": "tidepool.training.worker:_finish", "group": 1, "do": "kill"}],
+    "while publishing": [{"function": "tidepool.training.worker:_finish", "do": "kill"}],
 }
 
 

@@ -8,11 +8,13 @@ incarnation, so those of a later one sort last and repeat the steps that were co
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import TYPE_CHECKING
 
 from tidepool.errors import StoreError
 from tidepool.scratch import ScratchFolder
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 _logger = logging.getLogger(__name__)
 
@@ -33,6 +35,8 @@ class TensorBoardSink:
 
     def record(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # here, so that who only logs need not import torch
+
             self._folder = ScratchFolder("tensorboard")
             self._writer = SummaryWriter(self._folder.name)
         for name, value in values.items():

@@ -238,7 +238,7 @@ class Coordinator:
     def _act(self, decision: Any) -> None:
         match decision:
             case Formed(quorum):
-                self._ledger.note_quorum(quorum)
+                self._ledger.note_quorum(quorum, time.time())
                 _logger.info(
                     "quorum %s takes the steps after %d: workers %s", quorum.number, quorum.step, ", ".join(map(str, quorum.workers))
                 )

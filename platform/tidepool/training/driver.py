@@ -28,10 +28,11 @@ from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.training.coordinator import Beginning, Coordinator, Orders
 from tidepool.training.growth import num_to_start
+from tidepool.training.membership import NAMESPACE, coordinator_name
 from tidepool.training.outcome import Outcome
 from tidepool.training.pins import Pins, read_pins, resolve
 from tidepool.training.quorum import Claimed, Rules
-from tidepool.training.ray_worker import NAMESPACE, coordinator_name, train_worker
+from tidepool.training.ray_worker import train_worker
 from tidepool.training.replica_groups import Ended, ReplicaGroups, WorkerFunction, end_process, waiting_for
 from tidepool.training.restarts import Failure, give_up
 from tidepool.training.worker import Task, read_result

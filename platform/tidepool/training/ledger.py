@@ -33,6 +33,7 @@ class Ledger:
     before: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._begun_at = self.started_at
         self.started_at = self.before.get("started_at", self.started_at)
         self._spent_s: dict[str, float] = dict(self.before.get("spent_s", {}))
         self._useful_s: float = self.before.get("useful_s", 0.0)
@@ -43,8 +44,10 @@ class Ledger:
         self._last: Report | None = None
         self._steps_s: dict[int, deque[float]] = {}
 
-    def note_quorum(self, quorum: Quorum) -> None:
-        """A quorum was formed."""
+    def note_quorum(self, quorum: Quorum, now: float) -> None:
+        """A quorum was formed; all that was before the first one of this driver was its start."""
+        if self._quorum is None:
+            self._spent_s["start_s"] = self._spent_s.get("start_s", 0.0) + now - self._begun_at
         self._num_formed += 1
         self._quorum, self._last = quorum, None
         if self._newest_step > quorum.step:

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -73,11 +74,8 @@ class ProcessGroup:
         if tensors_on_gpu(self._group):
             time.sleep(0.0002)  # NCCL's `wait` does not block the host; its kernels take longer than this
         else:
-            try:
+            with suppress(RuntimeError):  # the slice has passed, or it failed: then it is completed, and waiting for it once more says why
                 work.wait(_SLICE)
-            except RuntimeError:
-                if work.is_completed():
-                    raise
         self._check()
 
     def _leave(self, work: Any, tensors: tuple[Tensor, ...]) -> None:

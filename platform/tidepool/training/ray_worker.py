@@ -14,18 +14,11 @@ from ray.util.metrics import Gauge
 import tidepool
 from tidepool.telemetry import configure_logging
 from tidepool.training.member import Member
-from tidepool.training.membership import Directive, Process, Report, WorkerId
+from tidepool.training.membership import NAMESPACE, Directive, Process, Report, WorkerId, coordinator_name
 from tidepool.training.process_group import MeetingPoint
 from tidepool.training.quorum import Rules
 from tidepool.training.versions import check_versions, installed_versions
 from tidepool.training.worker import Task, run_task
-
-NAMESPACE = "tidepool"
-
-
-def coordinator_name(run: str) -> str:
-    """The name of a run's coordinator actor in the namespace `tidepool`."""
-    return f"tidepool-run-{run}"
 
 
 def train_worker(config: Mapping[str, Any]) -> None:

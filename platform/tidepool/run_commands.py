@@ -1,0 +1,306 @@
+"""`tidepool runs list` and `show`: the runs of a store, and what a cluster says of those that train in it now.
+
+What is told comes from the store (`spec.json`, the log, `result.json`) and, for a run that trains, from its coordinator. The text
+and the JSON hold the same facts. A run that trains in a cluster that was not asked is told as not running, with a word on that.
+"""
+
+import argparse
+import difflib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from tidepool.errors import CorruptCheckpointError, ObjectNotFoundError, RunError, StoreError
+from tidepool.storage import ObjectStore, get_json
+from tidepool.training.live_status import Look
+
+if TYPE_CHECKING:
+    from tidepool.checkpoint import Commit, Incarnation
+
+Facts = dict[str, Any]
+_NUM_READERS = 8
+_PINS = ("dataset", "base", "base_digest")
+_ACCOUNT = ("started_at", "wall_s", "goodput", "useful_s", "rest", "quorum_changes", "recomputed_steps")
+_LIVE = ("quorum", "is_stepping", "stopping", "step", "incarnation", "committed", "wanted_groups", "groups")
+_WORKER = ("group", "rank_in_group", "rank", "node_ip", "pid", "phase", "step")
+_SHA256S = ("weights_sha256", "optimizer_sha256", "history_sha256")
+_RESULT = ("samples", "first_loss", "last_loss", "held_out_loss_before", "held_out_loss_after", "published", *_SHA256S)
+
+
+def add_run_commands(
+    parser: argparse.ArgumentParser, store_of: Callable[[argparse.Namespace], ObjectStore], look: Callable[[], Look]
+) -> list[argparse.ArgumentParser]:
+    """Add the commands to the parser of `tidepool runs`; each sets `run`. `look` asks the cluster. Returns those that need a store."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    listing = commands.add_parser("list", help="all runs: state, step, newest commit, replica groups, goodput, what was published")
+    listing.set_defaults(run=lambda options: _list(options, store_of(options), look))
+    show = commands.add_parser("show", help="a run: what it was made from, its commits, workers, times and result")
+    show.add_argument("name", metavar="RUN", help="the `run` of its spec")
+    show.set_defaults(run=lambda options: _show(options, store_of(options), look))
+    for command in (listing, show):
+        command.add_argument("--json", action="store_true", help="one JSON document in place of the text")
+    return [listing, show]
+
+
+def _list(options: argparse.Namespace, store: ObjectStore, look: Callable[[], Look]) -> None:
+    seen, now = _look(look), datetime.now(UTC)
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        runs = [_summary(one, seen, now) for one in pool.map(lambda name: _read(store, name, seen), _names(store))]
+    if options.json:
+        _print_json(store, seen, {"runs": runs})
+    elif not runs:
+        print("No run has begun in this store yet. This begins one (jobs/README.md has more):")
+        print("  ray job submit --working-dir . -- python jobs/train.py jobs/train.yaml")
+    else:
+        rows = [("RUN", "STATE", "STEP", "COMMIT", "GROUPS", "GOODPUT", "PUBLISHED"), *map(_row, runs)]
+        print("\n".join([*_table(rows), *_doubt(seen, runs)]))
+
+
+def _show(options: argparse.Namespace, store: ObjectStore, look: Callable[[], Look]) -> None:
+    if "/" in options.name or not any(store.list(f"runs/{options.name}/")):
+        raise _unknown(options.name, store)
+    seen, now = _look(look), datetime.now(UTC)
+    run = _details(_read(store, options.name, seen), seen, now)
+    if options.json:
+        _print_json(store, seen, {"run": run})
+    else:
+        print("\n".join([*_lines(run), *_doubt(seen, [run])]))
+
+
+def _names(store: ObjectStore) -> list[str]:
+    return sorted({info.key.split("/")[1] for info in store.list("runs/")})
+
+
+def _unknown(name: str, store: ObjectStore) -> RunError:
+    known = _names(store)
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(known) or 'none yet'}."
+    return RunError(f"No run {name!r} in {store.url}; {hint}")
+
+
+def _look(look: Callable[[], Look]) -> Look:
+    """Ask the cluster, and load what reads the store meanwhile: both take seconds."""
+    with ThreadPoolExecutor(1) as pool:
+        seen = pool.submit(look)
+        import tidepool.checkpoint  # noqa: F401  it brings torch, which most commands do without
+
+        return seen.result()
+
+
+# --- From the store and the cluster to the facts --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What the store has of a run."""
+
+    name: str
+    spec: Facts | None
+    """`spec.json`, None until the first worker has written it."""
+    result: Facts | None
+    claims: list["Incarnation"]
+    commit: "Commit | None"
+    """The newest that counts."""
+    committed_at: datetime | None
+    """By the store's clock; None if a newer commit has taken its place since."""
+    account: Facts
+    """That of the newest commit, read only where nothing newer has one."""
+
+
+def _read(store: ObjectStore, name: str, seen: Look) -> _Stored:
+    from tidepool.checkpoint import Commit, Incarnation, RunLog, read_manifest, visible_commits
+
+    entries = RunLog(store, name).read()
+    commit = next(iter(visible_commits(entries.values())), None)
+    at = {info.key: info.modified_at for info in store.list(f"runs/{name}/log/")}
+    number = next((number for number, entry in entries.items() if isinstance(entry, Commit) and entry == commit), None)
+    result, account = _document(store, f"runs/{name}/result.json"), {}
+    if commit is not None and result is None and seen.runs.get(name) is None:
+        with suppress(CorruptCheckpointError):  # removed since the log was read, or damaged: who resumes the run is told
+            account = read_manifest(store, name, commit).get("account", {})
+    return _Stored(
+        name=name,
+        spec=_document(store, f"runs/{name}/spec.json"),
+        result=result,
+        claims=[entry for entry in entries.values() if isinstance(entry, Incarnation)],
+        commit=commit,
+        committed_at=at.get(f"runs/{name}/log/{number}.json"),
+        account=account,
+    )
+
+
+def _document(store: ObjectStore, key: str) -> Facts | None:
+    """A document, None if there is none. Those who write them (`training.pins`, `training.worker`) bring transformers along."""
+    try:
+        return get_json(store, key)
+    except ObjectNotFoundError:
+        return None
+    except ValueError as error:
+        raise StoreError(f"{key} in {store.url} is damaged ({error}): restore it from a backup of the store.") from error
+
+
+def _summary(stored: _Stored, seen: Look, now: datetime) -> Facts:
+    """What is told of a run in the list."""
+    result, commit, live = stored.result or {}, stored.commit, seen.runs.get(stored.name)
+    state = "finished" if result else "training" if stored.name in seen.runs else "not running"
+    # The commit may be newer than what the run said: the cluster was asked first.
+    reached = result.get("steps") or max((live or {}).get("step", 0), commit.step if commit else 0)
+    return {
+        "name": stored.name,
+        "state": state,
+        "step": reached,
+        "steps": stored.spec["spec"]["training"]["steps"] if stored.spec else None,
+        "commit": _commit_facts(commit, stored.committed_at, now) if commit else None,
+        "groups": len(live["groups"]) if live and state == "training" else None,
+        "wanted_groups": live["wanted_groups"] if live and state == "training" else None,
+        "goodput": _account(stored, seen).get("goodput"),
+        "published": result.get("published"),
+    }
+
+
+def _commit_facts(commit: "Commit", committed_at: datetime | None, now: datetime) -> Facts:
+    age_s = max(0.0, (now - committed_at).total_seconds()) if committed_at else None
+    at = committed_at.isoformat() if committed_at else None
+    return {"name": commit.name, "step": commit.step, "incarnation": commit.incarnation, "committed_at": at, "age_s": age_s}
+
+
+def _account(stored: _Stored, seen: Look) -> Facts:
+    """Where the time went (see `training.ledger`), from the newest who knows; {} if nobody does."""
+    live = seen.runs.get(stored.name) or {}
+    return stored.result or live.get("account") or stored.account
+
+
+def _details(stored: _Stored, seen: Look, now: datetime) -> Facts:
+    """What is told of a run by itself."""
+    summary, account, document = _summary(stored, seen, now), _account(stored, seen), stored.spec or {}
+    live = seen.runs.get(stored.name) if summary["state"] == "training" else None
+    return {
+        **summary,
+        "spec_digest": document.get("spec_digest"),
+        "pins": _chosen(document["pins"], _PINS) if document else None,
+        "incarnations": [{"number": one.number, "base": one.base.name if one.base else None} for one in stored.claims],
+        "account": _chosen(account, _ACCOUNT) if "goodput" in account else None,
+        "result": _chosen(stored.result, _RESULT) if stored.result else None,
+        "live": _chosen(live, _LIVE) | {"workers": [_chosen(one, _WORKER) for one in live["workers"]]} if live else None,
+    }
+
+
+def _chosen(value: Mapping[str, Any], keys: Iterable[str]) -> Facts:
+    return {key: value.get(key) for key in keys}
+
+
+# --- From the facts to text and JSON --------------------------------------------------------------------------------
+
+
+def _print_json(store: ObjectStore, seen: Look, facts: Facts) -> None:
+    cluster = {"asked": not seen.problem, "problem": seen.problem or None}
+    print(json.dumps({"store": store.url, "cluster": cluster, **facts}, indent=2))
+
+
+def _doubt(seen: Look, runs: Iterable[Facts]) -> list[str]:
+    """A word on what nobody could be asked about."""
+    is_open = seen.problem and any(run["state"] == "not running" for run in runs)
+    return ["", f"Whether anything trains now was not asked: {seen.problem}."] if is_open else []
+
+
+def _row(run: Facts) -> tuple[str, ...]:
+    commit = run["commit"]
+    return (
+        run["name"],
+        run["state"],
+        _of(run["step"], run["steps"]),
+        f"{commit['step']}, {_ago(commit)}" if commit else "-",
+        _of(run["groups"], run["wanted_groups"]) if run["groups"] is not None else "-",
+        f"{run['goodput']:.1%}" if run["goodput"] is not None else "-",
+        run["published"] or "-",
+    )
+
+
+def _lines(run: Facts) -> list[str]:
+    commit, claims, pins = run["commit"], run["incarnations"], run["pins"] or {}
+    base = f"{pins['base']} (digest {pins['base_digest']})" if pins.get("base") else "none: a new model" if pins else "-"
+    shown = {
+        "run": run["name"],
+        "state": run["state"],
+        "step": _of(run["step"], run["steps"]),
+        "spec digest": run["spec_digest"] or "- (no worker has begun yet)",
+        "dataset": pins.get("dataset", "-"),
+        "base": base,
+        "incarnations": f"{len(claims)}, the newest from {_origin(claims[-1]['base'])}" if claims else "0",
+        "commit": f"step {commit['step']}, {_ago(commit)}: {commit['name']}" if commit else "none yet",
+    }
+    shown |= _account_lines(run) | _result_lines(run["result"] or {})
+    lines = [f"{key:>16}  {value}" for key, value in shown.items()]
+    return lines + (_live_lines(run["live"]) if run["live"] else [])
+
+
+def _origin(base: str | None) -> str:
+    return f"commit {base}" if base else "the beginning"
+
+
+def _account_lines(run: Facts) -> dict[str, str]:
+    account = run["account"]
+    if account is None:
+        return {"goodput": "-"}
+    until = "" if run["result"] or run["live"] else ", up to that commit"
+    rest = sorted((account["rest"] or {}).items(), key=lambda item: -item[1])
+    spent = ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {_span(time_s)}" for name, time_s in rest if time_s >= 0.05)
+    return {
+        "goodput": f"{account['goodput']:.1%} of {_span(account['wall_s'])}{until}",
+        "the rest": spent or "-",
+        "quorum changes": str(account["quorum_changes"]),
+        "recomputed": f"{account['recomputed_steps']} steps",
+    }
+
+
+def _result_lines(result: Facts) -> dict[str, str]:
+    if not result:
+        return {}
+    return {
+        "samples": str(result["samples"]),
+        "loss": f"{result['first_loss']:.6g} -> {result['last_loss']:.6g}",
+        "held-out loss": f"{result['held_out_loss_before']:.6g} -> {result['held_out_loss_after']:.6g}",
+        "published": result["published"] or "-",
+        **{key.replace("_", " "): result[key] for key in _SHA256S},
+    }
+
+
+def _live_lines(live: Facts) -> list[str]:
+    doing = "stopping" if live["stopping"] else "taking steps" if live["is_stepping"] else "not taking steps"
+    quorum = f"{live['quorum']}, {doing}" if live["quorum"] else "none yet"
+    groups = ", ".join(map(str, live["groups"])) or "none"
+    rows: list[tuple[str, ...]] = [("GROUP", "RANK", "NODE", "PID", "PHASE", "STEP")]
+    for worker in live["workers"]:
+        keys = ("group", "rank", "node_ip", "pid", "phase", "step")
+        rows.append(tuple("-" if worker[key] is None else str(worker[key]) for key in keys))
+    return [
+        f"{'quorum':>16}  {quorum}",
+        f"{'replica groups':>16}  {groups} ({_of(len(live['groups']), live['wanted_groups'])} wanted)",
+        "",
+        *_table(rows),
+    ]
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _of(number: int, total: int | None) -> str:
+    return f"{number} of {total}" if total is not None else str(number)
+
+
+def _ago(commit: Facts) -> str:
+    return f"{_span(commit['age_s'])} ago" if commit["age_s"] is not None else "replaced since"
+
+
+def _span(time_s: float) -> str:
+    """A duration for a person."""
+    for limit, unit, unit_s in ((10, "s", 1), (120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
+        if time_s < limit:
+            return f"{time_s / unit_s:.{1 if limit == 10 else 0}f} {unit}"
+    return f"{time_s / 86_400:.0f} days"
