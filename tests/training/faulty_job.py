@@ -1,9 +1,9 @@
 """`jobs/train.py` whose workers fail where a test wants it: `faulty_job.py SPEC FAULTS`.
 
 FAULTS is a JSON list of objects: in replica group `group` (any, if it is left out), when `function` ("module:Class.method") is
-called while the worker holds `step` or a later one (and `when`, Python over its `args`, is true), `do` kill (SIGKILL), stop (SIGSTOP), raise, hang (for ever, in the main
-thread alone), or wait (until the file `until` is there). `once` is a file that is made by the process that does it, so that no
-other does it again; with `always`, all do.
+called while the worker holds `step` or a later one, and `when` (Python over its `args`) is true, `do` kill (SIGKILL), stop
+(SIGSTOP), raise, hang (for ever, in the main thread alone), or wait (until the file `until` is there). `once` is a file that is
+made by the process that does it, so that no other does it again; with `always`, all do.
 """
 
 import importlib
