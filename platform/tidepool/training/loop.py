@@ -2,7 +2,7 @@
 
 Invariants:
 - After step t the state has the same bits on every worker, for every number of workers and however often the run was
-  interrupted, given the spec and the numerics fingerprint.
+  interrupted, given the spec and the numerics fingerprint (with `reduction: fast`: and the number of workers).
 - Every random number of a step is seeded by (seed, step, shard).
 - A loss or gradient norm that is not finite is never applied or committed.
 - All workers leave at the same step: a wish to stop rides in the step's own exchange.
@@ -31,7 +31,7 @@ from tidepool.training.group import Group
 from tidepool.training.objective import loss_sum, precision
 from tidepool.training.optimizer import build_optimizer, clip, learning_rate, set_learning_rate
 from tidepool.training.prefetch import Prefetch
-from tidepool.training.reduction import GradientBuffers, reduce_gradients
+from tidepool.training.reduction import REDUCTIONS, GradientBuffers
 from tidepool.training.sharding import owned_shards
 from tidepool.training.state import History, Tensors, capture, install, trained_parameters
 
@@ -102,7 +102,7 @@ class StepLoop:
         spec = self.spec.training
         stats_S2 = torch.zeros(spec.num_shards + 1, 2, dtype=torch.float64, device=self._device)
         stats_S2[-1, 0] = float(stop)
-        gradient = reduce_gradients(lambda shard: self._compute(shard, stats_S2), spec.num_shards, self._buffers, self.group)
+        gradient = REDUCTIONS[spec.reduction](lambda shard: self._compute(shard, stats_S2), spec.num_shards, self._buffers, self.group)
         stats_S2[-1, 1] = self._data.waited_s - waited_s
         self.group.all_reduce(stats_S2)
         stats = stats_S2.cpu()
