@@ -73,7 +73,7 @@ LORA = {"rank": 8, "alpha": 16.0}
 TARGET, MAX_LOSS_DIFFERENCE = 0.97, 1e-3
 OURS, PEERS = ("exact", "fast"), ("packed", "causal")
 PEER_NAMES = {1: "plain PyTorch loop", 2: "DistributedDataParallel"}
-_TIMEOUT_S = 300
+_TIMEOUT_S, _MAX_STEPS = 300, 64
 Row = dict[str, Any]
 Turn = Callable[[], None]
 """Blocks between two steps when it is somebody else's turn; raises `Over` when there are no more."""
@@ -154,12 +154,12 @@ def train_peer(side: Side, rank: int, turn: Turn, losses: list[float]) -> None:
     """What one would write by hand. Losses are this worker's share of the mean over the global batch."""
     model, spec = new_model(side.kind).train(), side.spec()
     batches = ready_batches(side, rank)
+    assert spec.training.optimizer.clip_norm is not None
     parameters = list(trained_parameters(model).values())
     optimizer = build_optimizer(trained_parameters(model), spec.training.optimizer)
     trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if side.num_workers > 1 else model
-    for step in range(10**6):
+    for micros, num_targets in batches:
         turn()
-        micros, num_targets = batches[step % len(batches)]
         loss = torch.zeros(())
         for number, micro in enumerate(micros):
             with ExitStack() as stack:
@@ -168,19 +168,18 @@ def train_peer(side: Side, rank: int, turn: Turn, losses: list[float]) -> None:
                 part = trained(**micro.inputs, use_cache=False, num_items_in_batch=num_targets).loss
                 (part * side.num_workers).backward()  # DistributedDataParallel divides by it
             loss += part.detach()
-        assert spec.training.optimizer.clip_norm is not None
         clip_grad_norm_(parameters, spec.training.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss))
 
 
-def ready_batches(side: Side, rank: int, num_steps: int = 16) -> list[tuple[list[Micro], int]]:
-    """This worker's micro-batches of each step and the targets in the whole global batch; they repeat after `num_steps`."""
+def ready_batches(side: Side, rank: int) -> list[tuple[list[Micro], int]]:
+    """This worker's micro-batches of each step, and the targets in its whole global batch."""
     store, spec = open_store(side.store_url), side.spec()
     training, dataset = spec.training, Dataset(store, find_dataset(store, "stdlib"), "train", 16)
     batches = []
-    for step in range(num_steps):
+    for step in range(_MAX_STEPS):
         micros: list[Micro] = []
         num_targets = 0
         for shard in range(training.num_shards):
@@ -370,7 +369,7 @@ def main() -> int:
         "load_average": [round(one, 1) for one in os.getloadavg()],  # what else the machine did before
         "model": f"Llama of {sum(p.numel() for p in model.parameters()):,} parameters, {SEQUENCE_LENGTH} tokens a sample, {TRAINING}",
     }
-    num_rounds, num_steps = (3, 1) if options.quick else (15, 2)
+    num_rounds, num_steps = (3, 1) if options.quick else (11, 1)
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         store_url = prepare_dataset(Path(folder))
