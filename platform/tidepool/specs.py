@@ -189,7 +189,10 @@ class OptimizerSpec(Spec):
 
 
 class TrainingSpec(Spec):
-    """The step loop. The global batch is cut into `num_shards` logical shards of equal size, whoever computes them."""
+    """The step loop. The global batch is cut into `num_shards` logical shards of equal size, whoever computes them.
+
+    `reduction`: `exact` gives the same bits for every number of workers, `fast` (a plain all-reduce) other ones for each.
+    """
 
     steps: Count
     global_batch_size: Count = 16
@@ -197,6 +200,7 @@ class TrainingSpec(Spec):
     micro_batch_size: Count = 1
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     gradient_checkpointing: bool = False
+    reduction: Literal["exact", "fast"] = "exact"
     optimizer: OptimizerSpec = OptimizerSpec()
     evaluate_every_steps: Count = 100
     evaluate_num_samples: Count = 64

@@ -6,9 +6,11 @@ so that what happens then does not depend on how long a busy machine takes to st
 
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ import ray
 
 from tests.training.conftest import make_run, prepare_dataset, publish_base, train_here
 from tests.training.jobs import Job, Status, bits, claims, coordinator
+from tests.training.nodes import ADDRESS, Node, second_node
+from tidepool import local_cluster
+from tidepool.checkpoint import RunLog
 from tidepool.data import Dataset, find_dataset
 from tidepool.local_cluster import LocalCluster
 from tidepool.specs import RunSpec
@@ -265,6 +270,49 @@ def test_death_of_the_driver_is_met_by_submitting_again(start: Start, store: Obj
     again = start("driver")
     again.open_gate()
     check_same(again, store, undisturbed, num_claims=2)
+
+
+def test_death_of_a_node(cluster: LocalCluster, start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
+    with second_node(cluster, num_cpus=2) as node:
+        job = start("node", workers={"cpus_per_worker": 2})
+        before = gather(job)
+        lost = next(worker["group"] for worker in before["workers"] if worker["node_ip"] == ADDRESS)
+        node.kill()
+        after = job.wait_for_status(without(lost))
+        survivors = {group: pid for group, pid in pids(before).items() if group != lost}
+        assert {group: pids(after)[group] for group in survivors} == survivors
+        assert check_same(job, store, undisturbed)["recomputed_steps"] == 0
+
+
+def test_death_of_the_head_is_met_by_submitting_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On clusters of its own, one after the other, that share a store."""
+    url = (tmp_path / "store").as_uri()
+    publish_base(url, prepare_dataset(url, tmp_path), tmp_path)
+    alone = train_here(elastic_run(open_store(url), "alone")).result
+    assert alone is not None
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    store = open_store(url)
+    with one_cluster(url, tmp_path / "first.log") as first:
+        job = Job(first, elastic_run(store, "head"), tmp_path)
+        wait_until(lambda: any(commit.step >= 20 for commit in RunLog(store, "head").visible_commits()))
+        Node(popen_of(first), tmp_path).kill()
+        job.process.kill()
+        job.wait()
+    with one_cluster(url, tmp_path / "second.log") as second:
+        check_same(Job(second, elastic_run(store, "head"), tmp_path), store, bits(dict(alone)), num_claims=2)
+
+
+@contextmanager
+def one_cluster(url: str, log: Path) -> Iterator[LocalCluster]:
+    running = local_cluster.start(url, num_cpus=2, log=log)
+    try:
+        yield running
+    finally:
+        local_cluster.stop(running)
+
+
+def popen_of(cluster: LocalCluster) -> "subprocess.Popen[bytes]":
+    return next(process for process in local_cluster._started if process.pid == cluster.pid)
 
 
 # --- Growing and shrinking ------------------------------------------------------------------------------------------------

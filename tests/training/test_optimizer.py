@@ -42,6 +42,12 @@ def test_clipping_scales_to_the_norm_and_reports_the_norm_before() -> None:
     assert torch.equal(small, torch.tensor([0.3, 0.4]))
 
 
+@pytest.mark.parametrize("size", [0, 1, 2**14, 3 * 2**14 + 5])
+def test_the_norm_is_that_of_float64_whatever_the_length(size: int) -> None:
+    gradient = torch.randn(size, generator=torch.Generator().manual_seed(size)) * 1e-4
+    assert clip(gradient, None) == pytest.approx(float(gradient.double().norm()), rel=1e-6)
+
+
 def test_vectors_do_not_decay() -> None:
     parameters = {"weight": torch.nn.Parameter(torch.ones(2, 2)), "bias": torch.nn.Parameter(torch.ones(2))}
     optimizer = build_optimizer(parameters, OptimizerSpec(learning_rate=0.1, weight_decay=0.5))

@@ -1,4 +1,4 @@
-"""The exact reduction on real process groups: the same bits whoever computes which shards."""
+"""The reductions on real process groups: the exact one has the same bits whoever computes which shards, the plain one its sum."""
 
 import multiprocessing
 from pathlib import Path
@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.training.conftest import make_run, train_here
 from tidepool.training.group import LocalGroup
 from tidepool.training.process_group import ProcessGroup
-from tidepool.training.reduction import GradientBuffers, reduce_gradients
+from tidepool.training.reduction import REDUCTIONS, GradientBuffers, reduce_gradients
 
 SHAPES = {"matrix": (37, 11), "vector": (5,)}
 
@@ -23,7 +24,7 @@ def shard_gradient(shard: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, generator=generator) * 10.0 ** (shard % 5)  # of many sizes, so that the order of addition shows
 
 
-def reduce_twice(group: LocalGroup | ProcessGroup, num_shards: int) -> tuple[torch.Tensor, int]:
+def reduce_twice(group: LocalGroup | ProcessGroup, num_shards: int, name: str = "exact") -> tuple[torch.Tensor, int]:
     """The reduced gradient without padding, and how many shards this worker computed."""
     parameters, computed = make_parameters(), []
 
@@ -36,7 +37,7 @@ def reduce_twice(group: LocalGroup | ProcessGroup, num_shards: int) -> tuple[tor
     buffers = GradientBuffers(parameters, group.size)
     results = []
     for _ in range(2):
-        whole = reduce_gradients(compute, num_shards, buffers, group)
+        whole = REDUCTIONS[name](compute, num_shards, buffers, group)
         results.append(whole[: sum(p.numel() for p in parameters.values())].clone())
         buffers.give_back(whole)
     assert torch.equal(*results)
@@ -46,26 +47,40 @@ def reduce_twice(group: LocalGroup | ProcessGroup, num_shards: int) -> tuple[tor
 def member(rank: int, world_size: int, num_shards: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     assert dist.group.WORLD is not None
-    result, num_computed = reduce_twice(ProcessGroup(dist.group.WORLD, lambda: None), num_shards)
-    torch.save({"result": result, "num_computed": torch.tensor(num_computed)}, f"{folder}/{rank}.pt")
+    group, saved = ProcessGroup(dist.group.WORLD, lambda: None), {}
+    for name in REDUCTIONS:
+        result, num_computed = reduce_twice(group, num_shards, name)
+        saved |= {name: result, f"{name} computed": torch.tensor(num_computed)}
+    torch.save(saved, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("num_shards", [8, 7])
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_every_world_size_gives_the_bits_of_one_worker(tmp_path: Path, world_size: int, num_shards: int) -> None:
+def run_members(folder: Path, world_size: int, num_shards: int) -> list[dict[str, torch.Tensor]]:
+    """What each member of a group of processes got by each reduction, and how many shards it computed for it."""
     context = multiprocessing.get_context("spawn")
-    members = [context.Process(target=member, args=(rank, world_size, num_shards, str(tmp_path))) for rank in range(world_size)]
+    members = [context.Process(target=member, args=(rank, world_size, num_shards, str(folder))) for rank in range(world_size)]
     for process in members:
         process.start()
     for process in members:
         process.join(120)
         assert process.exitcode == 0
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+@pytest.mark.parametrize("num_shards", [8, 7])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_every_world_size_gives_the_bits_of_one_worker(tmp_path: Path, world_size: int, num_shards: int) -> None:
+    saved = run_members(tmp_path, world_size, num_shards)
     alone, _ = reduce_twice(LocalGroup(), num_shards)
-    saved = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
+    plain_alone, _ = reduce_twice(LocalGroup(), num_shards, "fast")
     for one in saved:
-        assert torch.equal(one["result"], alone)
-    assert sum(int(one["num_computed"]) for one in saved) == num_shards
+        assert torch.equal(one["exact"], alone)
+        assert torch.equal(one["fast"], saved[0]["fast"]), "the plain sum too is the same on every worker"
+    assert not torch.equal(saved[0]["fast"], plain_alone), "the plain sum has other bits for another world size"
+    torch.testing.assert_close(saved[0]["fast"], plain_alone, rtol=0, atol=0.02)  # of terms up to 30,000
+    torch.testing.assert_close(alone, plain_alone, rtol=0, atol=0.02)
+    for name in REDUCTIONS:
+        assert sum(int(one[f"{name} computed"]) for one in saved) == num_shards
 
 
 def test_the_order_of_addition_matters_for_these_gradients() -> None:
@@ -93,3 +108,20 @@ def test_few_gradient_copies_are_held() -> None:
     for _ in range(3):
         buffers.give_back(reduce_gradients(lambda _shard: None, 64, buffers, LocalGroup()))
     assert len(taken) <= 7  # log2(64) + 1
+
+
+def test_the_plain_reduction_holds_one_gradient() -> None:
+    parameters = make_parameters()
+    buffers = GradientBuffers(parameters, 1)
+    seen = set()
+    whole = REDUCTIONS["fast"](lambda _shard: seen.add(parameters["matrix"].grad.data_ptr()), 64, buffers, LocalGroup())  # type: ignore[union-attr]
+    assert seen == {whole.data_ptr()}
+
+
+def test_a_run_uses_the_reduction_of_its_spec(prepared: str, run_name: str) -> None:
+    results = [train_here(make_run(prepared, f"{run_name}-{name}", training={"reduction": name})).result for name in REDUCTIONS]
+    exact, fast = results
+    assert exact is not None
+    assert fast is not None
+    assert exact["weights_sha256"] != fast["weights_sha256"], "they add in different orders"
+    assert fast["last_loss"] == pytest.approx(exact["last_loss"], rel=1e-4)

@@ -7,14 +7,11 @@ at where each worker's copy lies.
 
 import json
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +23,7 @@ from ray._raylet import GcsClient
 import tidepool
 from tests.metadata import Metadata
 from tests.training.conftest import make_run, prepare_dataset, publish_base
+from tests.training.nodes import end, second_node
 from tidepool import local_cluster
 from tidepool.checkpoint import RunLog
 from tidepool.local_cluster import LocalCluster
@@ -53,57 +51,6 @@ while time.monotonic() < deadline:
         break
     time.sleep(0.05)
 """
-
-
-def end(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and all that it started, by their pids."""
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)] if process.poll() is None else []
-    process.terminate()
-    _, left = psutil.wait_procs(family, timeout=20)
-    for one in left:
-        one.kill()
-    process.wait()
-    psutil.wait_procs(left, timeout=20)
-
-
-@contextmanager
-def second_node(cluster: LocalCluster, num_cpus: int, packages: Path | None = None) -> Iterator[Path]:
-    """A node without the library on its path, in a folder of its own; its address is another one of loopback.
-
-    `packages` is a folder of packages that it finds before those of the environment.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="tidepool-second-"))  # Ray's sockets need a short path
-    ours = ("PYTHONPATH", "TIDEPOOL_STORE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
-    environment = {name: value for name, value in local_cluster.environment("file:///nowhere").items() if name not in ours}
-    environment["TIDEPOOL_CACHE"] = str(folder / "cache")
-    if packages is not None:
-        environment["PYTHONPATH"] = str(packages)
-    options = {"address": cluster.address, "node-ip-address": "127.0.0.2", "num-cpus": num_cpus, "num-gpus": 0}
-    options |= {"object-store-memory": 100 * 2**20, "temp-dir": str(folder / "ray"), "dashboard-agent-listen-port": free_port()}
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-    with (folder / "ray.log").open("wb") as output:
-        process = subprocess.Popen(
-            [*command, *(f"--{name}={value}" for name, value in options.items())],
-            env=environment,
-            cwd=folder,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-        )
-    try:
-        deadline = time.monotonic() + TIMEOUT_S
-        while "This command will now block" not in (folder / "ray.log").read_text():
-            assert process.poll() is None, (folder / "ray.log").read_text()
-            assert time.monotonic() < deadline, (folder / "ray.log").read_text()
-            time.sleep(0.1)
-        yield folder
-    finally:
-        end(process)
-        shutil.rmtree(folder)
-
-
-def free_port() -> int:
-    return local_cluster._free_ports([0])[0]
 
 
 @pytest.fixture
@@ -158,7 +105,8 @@ def test_a_submitted_run_uses_its_own_library_on_every_node_and_its_metrics_reac
     spec = make_run(cluster.store_url, RUN, training=training, workers={"num_workers": 2}, checkpoint={"every_steps": 100})
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(spec.model_dump(mode="json")))
     log = tmp_path / "job.log"
-    with second_node(cluster, num_cpus=1) as second:
+    with second_node(cluster, num_cpus=1) as node:
+        second = node.folder
         job = submit(cluster, tmp_path / "run.yaml", log)
         try:
             seen = watch(cluster, num_workers=2)

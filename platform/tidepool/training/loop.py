@@ -2,7 +2,7 @@
 
 Invariants:
 - After step t the state has the same bits on every worker, for every number of workers and however often the run was
-  interrupted, given the spec and the numerics fingerprint.
+  interrupted, given the spec and the numerics fingerprint (with `reduction: fast`: and the number of workers).
 - Every random number of a step is seeded by (seed, step, shard).
 - A loss or gradient norm that is not finite is never applied or committed.
 - All workers leave a quorum at the same step: the wishes to stop and to change it ride in the step's own exchange.
@@ -33,7 +33,7 @@ from tidepool.training.group import Group
 from tidepool.training.objective import loss_sum, precision
 from tidepool.training.optimizer import build_optimizer, clip, learning_rate, set_learning_rate
 from tidepool.training.prefetch import Prefetch
-from tidepool.training.reduction import GradientBuffers, reduce_gradients
+from tidepool.training.reduction import REDUCTIONS, GradientBuffers
 from tidepool.training.sample_record import SampleRecord, samples_digest
 from tidepool.training.sharding import owned_shards
 from tidepool.training.state import History, Tensors, capture, install, prepare_moments, trained_parameters
@@ -150,7 +150,8 @@ class StepLoop:
         started, waited_s = time.monotonic(), self._data.waited_s
         spec, wishes = self.spec.training, self.watch.wishes()
         stats_S3 = torch.zeros(spec.num_shards + 1, 3, dtype=torch.float64, device=self.device)
-        gradient = reduce_gradients(lambda shard: self._compute(shard, stats_S3), spec.num_shards, buffers, group, self.watch.tick)
+        reduce = REDUCTIONS[spec.reduction]
+        gradient = reduce(lambda shard: self._compute(shard, stats_S3), spec.num_shards, buffers, group, self.watch.tick)
         stats_S3[-1] = torch.tensor([wishes.stop, wishes.change, self._data.waited_s - waited_s], dtype=torch.float64)
         group.all_reduce(stats_S3)
         stats = stats_S3.cpu()

@@ -7,6 +7,8 @@ order, and the slices are gathered. Where shards divide evenly that is the traff
 Invariants:
 - The result depends on the shards' gradients alone, not on who computed them (float addition in one fixed order).
 - A worker holds at most log2(shards) + 1 gradient copies at a time while it computes, and lends them out again.
+
+Beside it stands the plain reduction, for runs that need no such promise (`reduction: fast`): one buffer and one all-reduce.
 """
 
 from collections.abc import Callable, Mapping
@@ -76,6 +78,26 @@ def reduce_gradients(
     return whole
 
 
+def reduce_plainly(
+    compute: Callable[[int], None],
+    num_shards: int,
+    buffers: GradientBuffers,
+    group: Group,
+    tick: Callable[[str], None] = lambda _: None,
+) -> Tensor:
+    """As `reduce_gradients`, with the same bits on every worker, but other ones for every world size.
+
+    All shards of a worker are added up in one buffer, and the buffers in whatever order the group's all-reduce has.
+    """
+    whole = buffers.take()
+    buffers.point(whole)
+    for shard in owned_shards(group.rank, group.size, num_shards):
+        compute(shard)
+    tick("exchange")
+    group.all_reduce(whole)
+    return whole
+
+
 def _sum_of(node: Node, compute: Callable[[int], None], buffers: GradientBuffers) -> Tensor:
     def leaf(one: Node) -> Tensor | None:
         if one.stop - one.start > 1:
@@ -102,3 +124,7 @@ def _exchange(sums: list[Tensor], covers: list[list[Node]], num_shards: int, gro
     values = dict(zip((node for nodes in covers for node in nodes), received.view(-1, slice_size), strict=True))
     total: Tensor = fold(Node(0, num_shards), values.get, torch.Tensor.add_)
     return total.contiguous()
+
+
+REDUCTIONS = {"exact": reduce_gradients, "fast": reduce_plainly}
+"""By their names in a spec (`training.reduction`)."""

@@ -1,0 +1,392 @@
+"""Tokens a second of our step loop against bare PyTorch: what exactness, restarts and metrics cost a step. No Ray.
+
+    python benchmarks/overhead.py [--json FILE] [--quick]
+
+One worker against a plain loop, and two processes on gloo against DistributedDataParallel with `no_sync` over the micro-batches
+before the last; LoRA and full training, with our exact reduction and with our plain one (suffix `_fast`). Both sides have
+the same model, tokens, micro-batches, mask and positions (documents apart), fused AdamW, clipping and threads (one a worker);
+their losses are compared at the end, so that a faster side has not done less. Ours reads and converts its samples as it goes
+and records its metrics; the peer finds its batches ready in memory. Neither evaluates or commits.
+
+Rows that end in `_against_causal` have no target: their peer ignores where documents end, which is less work, and wrong here.
+
+Each side is processes of its own, all alive together; they take turns of a few steps, in an order that changes. Processor time
+(of all workers of a side, `ratio_by_processor_time`) tells ours from the peer on a machine that others use too.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing as mp
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
+from transformers import PreTrainedModel
+
+from tidepool.data import Dataset, find_dataset, prepare
+from tidepool.models import add_lora, build_model, load_tokenizer, packed_attention_mask, packed_positions, train_tokenizer
+from tidepool.specs import DataSpec, LoraSpec, RunSpec, parse_spec
+from tidepool.storage import open_store
+from tidepool.telemetry import MemorySink
+from tidepool.training.batch import cut_batches, shard_samples
+from tidepool.training.group import Group, LocalGroup
+from tidepool.training.loop import StepLoop
+from tidepool.training.member import Alone
+from tidepool.training.optimizer import build_optimizer
+from tidepool.training.process_group import ProcessGroup
+from tidepool.training.sharding import owned_shards
+from tidepool.training.state import trained_parameters
+from tidepool.training.watch import Wishes
+
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+VOCAB_SIZE, SEQUENCE_LENGTH = 2048, 256
+TRAINING = {"global_batch_size": 8, "num_shards": 8, "micro_batch_size": 1, "evaluate_every_steps": 10**6, "precision": "fp32"}
+LORA = {"rank": 8, "alpha": 16.0}
+TARGET, MAX_LOSS_DIFFERENCE = 0.97, 1e-3
+OURS, PEERS = ("exact", "fast"), ("packed", "causal")
+PEER_NAMES = {1: "plain PyTorch loop", 2: "DistributedDataParallel"}
+_TIMEOUT_S, _MAX_STEPS = 300, 64
+Row = dict[str, Any]
+Turn = Callable[[], None]
+"""Blocks between two steps when it is somebody else's turn; raises `Over` when there are no more."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """Who trains, and what: `how` is one of `OURS` or `PEERS`; `store_url` holds the dataset `stdlib`."""
+
+    how: str
+    kind: str
+    num_workers: int
+    store_url: str
+
+    def spec(self) -> RunSpec:
+        reduction = self.how if self.how in OURS else "exact"
+        optimizer = {"learning_rate": 1e-3, "schedule": "constant", "weight_decay": 0.1}
+        training = TRAINING | {"steps": 10**6, "reduction": reduction, "optimizer": optimizer}
+        spec = {"store": self.store_url, "run": "overhead", "dataset": "stdlib", "seed": 1, "model": {"base": "base"}}
+        return parse_spec(spec | {"training": training, "checkpoint": {"every_steps": 10**6}}, RunSpec)
+
+
+class Over(BaseException):
+    """No more turns."""
+
+
+def prepare_dataset(folder: Path) -> str:
+    """Python's own source as samples in a store below the folder; returns the store's URL."""
+    store_url, texts = (folder / "store").as_uri(), folder / "texts"
+    texts.mkdir()
+    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:80]
+    for path in paths:
+        (texts / path.name).write_text(path.read_text())
+    train_tokenizer([path.read_text() for path in paths], VOCAB_SIZE).save_pretrained(folder / "tokenizer")
+    spec = {"store": store_url, "dataset": "stdlib", "inputs": [{"path": str(texts)}], "tokenizer": {"of": "x"}}
+    spec |= {"sequence_length": SEQUENCE_LENGTH, "held_out_fraction": 0.05}
+    prepare(parse_spec(spec, DataSpec), load_tokenizer(folder / "tokenizer"), folder / "tokenizer", open_store(store_url))
+    return store_url
+
+
+def new_model(kind: str) -> PreTrainedModel:
+    """The same weights on every side."""
+    model = build_model(CONFIG, VOCAB_SIZE, seed=1)
+    return add_lora(model, LoraSpec(**LORA), 1, "base") if kind == "lora" else model
+
+
+# --- Ours ------------------------------------------------------------------------------------------------------------
+
+
+def train_ours(side: Side, group: Group, turn: Turn, losses: list[float]) -> None:
+    """The step loop as a worker builds it; turns change between its steps."""
+    store, spec = open_store(side.store_url), side.spec()
+    splits = [Dataset(store, find_dataset(store, "stdlib"), name, 16) for name in ("train", "held_out")]
+
+    class Turns(Alone):
+        def wishes(self) -> Wishes:  # asked once in each step
+            turn()
+            return Wishes()
+
+    watch = Turns(1, None, 0)
+    loop = StepLoop(spec, new_model(side.kind), *splits, torch.float32, MemorySink(), watch, lambda *_: None)
+    loop.history.losses = losses
+    loop.history.evaluations.append((0, math.nan))  # so that it does not begin with one
+    loop.begin()
+    loop.run(group)
+
+
+# --- The peer --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch as the model takes it."""
+
+    inputs: dict[str, Tensor | None]
+    targets: int
+
+
+def train_peer(side: Side, rank: int, turn: Turn, losses: list[float]) -> None:
+    """What one would write by hand. Losses are this worker's share of the mean over the global batch."""
+    model, spec = new_model(side.kind).train(), side.spec()
+    batches = ready_batches(side, rank)
+    assert spec.training.optimizer.clip_norm is not None
+    parameters = list(trained_parameters(model).values())
+    optimizer = build_optimizer(trained_parameters(model), spec.training.optimizer)
+    trained = DistributedDataParallel(model, gradient_as_bucket_view=True) if side.num_workers > 1 else model
+    for micros, num_targets in batches:
+        turn()
+        loss = torch.zeros(())
+        for number, micro in enumerate(micros):
+            with ExitStack() as stack:
+                if isinstance(trained, DistributedDataParallel) and number < len(micros) - 1:
+                    stack.enter_context(trained.no_sync())
+                part = trained(**micro.inputs, use_cache=False, num_items_in_batch=num_targets).loss
+                (part * side.num_workers).backward()  # DistributedDataParallel divides by it
+            loss += part.detach()
+        clip_grad_norm_(parameters, spec.training.optimizer.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+
+
+def ready_batches(side: Side, rank: int) -> list[tuple[list[Micro], int]]:
+    """This worker's micro-batches of each step, and the targets in its whole global batch."""
+    store, spec = open_store(side.store_url), side.spec()
+    training, dataset = spec.training, Dataset(store, find_dataset(store, "stdlib"), "train", 16)
+    batches = []
+    for step in range(_MAX_STEPS):
+        micros: list[Micro] = []
+        num_targets = 0
+        for shard in range(training.num_shards):
+            samples = dataset.read(shard_samples(step, shard, training, spec.seed, dataset.layout))
+            cut = [micro_batch(side.how, batch) for batch in cut_batches(samples, training.micro_batch_size, torch.device("cpu"))]
+            num_targets += sum(micro.targets for micro in cut)
+            micros += cut if shard in owned_shards(rank, side.num_workers, training.num_shards) else []
+        batches.append((micros, num_targets))
+    return batches
+
+
+def micro_batch(how: str, batch: Any) -> Micro:
+    """With documents apart (`packed`), or as plain causal rows."""
+    labels = torch.where(batch.targets_NT, batch.tokens_NT, -100)
+    inputs: dict[str, Tensor | None] = {"input_ids": batch.tokens_NT, "labels": labels}
+    if how == "packed":
+        inputs |= {"attention_mask": packed_attention_mask(batch.documents_NT), "position_ids": packed_positions(batch.documents_NT)}
+    return Micro(inputs, int((labels[:, 1:] != -100).sum()))
+
+
+# --- Turns -----------------------------------------------------------------------------------------------------------
+
+
+def worker(side: Side, rank: int, folder: str, pipe: Connection) -> None:
+    """One process of a side: takes as many steps as it is told and answers how long they took; 0 ends it."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    if side.num_workers > 1:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{side.how}-{side.kind}", rank=rank, world_size=side.num_workers)
+    losses: list[float] = []
+    left, started, cpu_started = 0, 0.0, 0.0
+
+    def turn() -> None:
+        nonlocal left, started, cpu_started
+        if left == 0:
+            pipe.send((time.perf_counter() - started, time.process_time() - cpu_started))
+            left = pipe.recv()
+            if left == 0:
+                raise Over
+            if side.num_workers > 1:
+                dist.barrier()
+            started, cpu_started = time.perf_counter(), time.process_time()
+        left -= 1
+
+    try:
+        if side.how in OURS:
+            group = ProcessGroup(dist.group.WORLD, lambda: None) if side.num_workers > 1 and dist.group.WORLD else LocalGroup()
+            train_ours(side, group, turn, losses)
+        else:
+            train_peer(side, rank, turn, losses)
+    except Over:
+        pipe.send(losses)
+    if side.num_workers > 1:
+        dist.destroy_process_group()
+
+
+class Workers:
+    """The processes of a side, waiting for their turn."""
+
+    def __init__(self, side: Side, folder: Path) -> None:
+        context = mp.get_context("spawn")
+        self.side = side
+        self._pipes, self._processes = [], []
+        for rank in range(side.num_workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=worker, args=(side, rank, str(folder), theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def wait(self) -> tuple[float, float]:
+        """Wait for the end of a turn (or of the start); returns its seconds (the slowest worker's) and processor seconds (everybody's)."""
+        elapsed_s, cpu_s = zip(*(self._receive(pipe) for pipe in self._pipes), strict=True)
+        return max(elapsed_s), sum(cpu_s)
+
+    def take(self, num_steps: int) -> tuple[float, float]:
+        """Take a turn; returns what `wait` does."""
+        for pipe in self._pipes:
+            pipe.send(num_steps)
+        return self.wait()
+
+    def finish(self) -> list[float]:
+        """End the processes; returns the losses of all steps."""
+        for pipe in self._pipes:
+            pipe.send(0)
+        of_workers = [self._receive(pipe) for pipe in self._pipes]
+        for process in self._processes:
+            process.join(_TIMEOUT_S)
+        # Ours knows the mean over the global batch on every worker, the peer its own share of it.
+        return of_workers[0] if self.side.how in OURS else [sum(shares) for shares in zip(*of_workers, strict=True)]
+
+    def kill(self) -> None:
+        """Leave no process behind, whatever happened."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+    def _receive(self, pipe: Connection) -> Any:
+        if not pipe.poll(_TIMEOUT_S):
+            raise TimeoutError(f"A worker of {self.side} said nothing for {_TIMEOUT_S} s.")
+        return pipe.recv()
+
+
+@contextmanager
+def all_sides(case: Side, folder: Path) -> Iterator[dict[str, Workers]]:
+    """Everybody who takes part in a case, ready for the first step."""
+    with ExitStack() as stack:
+        sides = {}
+        for how in (*OURS, *PEERS):
+            sides[how] = Workers(replace(case, how=how), folder)
+            stack.callback(sides[how].kill)
+        for workers in sides.values():
+            workers.wait()
+        yield sides
+
+
+# --- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def measure(case: Side, folder: Path, num_rounds: int, num_steps: int) -> list[Row]:
+    """The rows of one case: all sides take turns, and their losses are compared."""
+    tokens = num_steps * int(TRAINING["global_batch_size"]) * SEQUENCE_LENGTH
+    rates: dict[str, list[tuple[float, float]]] = {how: [] for how in (*OURS, *PEERS)}
+    with all_sides(case, folder) as sides:
+        for number in range(-1, num_rounds):  # the first one warms up
+            for how in random.Random(number).sample(list(sides), len(sides)):
+                elapsed_s, cpu_s = sides[how].take(num_steps)
+                if number >= 0:
+                    rates[how].append((tokens / elapsed_s, tokens / cpu_s))
+        losses = {how: workers.finish() for how, workers in sides.items()}
+    for how in OURS:
+        check_losses(losses[how], losses["packed"])
+    metric = f"tokens_per_s_{case.num_workers}_{'worker' if case.num_workers == 1 else 'groups'}_{case.kind}"
+    name = PEER_NAMES[case.num_workers]
+    return [
+        row(metric, rates["exact"], name, rates["packed"], TARGET),
+        row(f"{metric}_fast", rates["fast"], name, rates["packed"], TARGET),
+        row(f"{metric}_against_causal", rates["exact"], f"{name}, documents not apart", rates["causal"], None),
+    ]
+
+
+def check_losses(ours: list[float], peer: list[float]) -> None:
+    """Both sides have learned the same, or the comparison says nothing."""
+    worst = max(abs(one - other) / other for one, other in zip(ours, peer, strict=True))
+    if worst > MAX_LOSS_DIFFERENCE:
+        raise RuntimeError(f"The losses differ by up to {worst:.2%}, so the two sides do not do the same work: {ours} and {peer}.")
+
+
+def row(metric: str, ours: list[tuple[float, float]], peer_name: str, peer: list[tuple[float, float]], target: float | None) -> Row:
+    """One line of the results, from tokens a second of the clock and of the processor."""
+    (mine, mine_cpu), (theirs, theirs_cpu) = ([statistics.median(kind) for kind in zip(*runs, strict=True)] for runs in (ours, peer))
+    return {
+        "metric": metric,
+        "unit": "tokens/s",
+        "ours": round(mine, 1),
+        "peer": round(theirs, 1),
+        "peer_name": peer_name,
+        "ratio": round(mine / theirs, 3),
+        "ratio_by_processor_time": round(mine_cpu / theirs_cpu, 3),
+        "target": target,
+        "reached": None if target is None else mine / theirs >= target,
+        "ours_runs": [round(one, 1) for one, _ in ours],
+        "peer_runs": [round(one, 1) for one, _ in peer],
+    }
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table."""
+    for one in rows:
+        mark = {True: "reached", False: "missed", None: ""}[one["reached"]]
+        ratios = f"x{one['ratio']:<5} (x{one['ratio_by_processor_time']:<5} by processor time)"
+        print(f"{one['metric']:<42} {one['ours']:>7} {one['unit']} {one['peer']:>7} {one['peer_name']:<43} {ratios} {mark}")
+
+
+def main() -> int:
+    """Measure, print, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--quick", action="store_true", help="three rounds of one step")
+    options = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    model = build_model(CONFIG, VOCAB_SIZE, seed=1)
+    head = {
+        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Linux, torch {torch.__version__}; 1 thread a worker",
+        "date": datetime.now(UTC).isoformat("T", "seconds"),
+        "commit": commit,
+        "load_average": [round(one, 1) for one in os.getloadavg()],  # what else the machine did before
+        "model": f"Llama of {sum(p.numel() for p in model.parameters()):,} parameters, {SEQUENCE_LENGTH} tokens a sample, {TRAINING}",
+    }
+    num_rounds, num_steps = (3, 1) if options.quick else (11, 1)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        store_url = prepare_dataset(Path(folder))
+        for num_workers in (1, 2):
+            for kind in ("lora", "full"):
+                rows += measure(Side("", kind, num_workers, store_url), Path(folder), num_rounds, num_steps)
+                show(rows[-3:])
+    if options.json:
+        options.json.write_text(json.dumps([head, *rows], indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
