@@ -117,7 +117,7 @@ class Coordinator:
     async def report(self, report: Report) -> Directive:
         """Take a report in and answer it; a worker that waits is answered when there is something for it, or after a while."""
         await self._begun.wait()
-        if report.session != self._beginning.session:
+        if report.session != self._beginning.session or self._outcome is not None:
             return Directive(report.sequence, self._beginning.epoch, leave=True)
         known = self._reports.get(report.worker)
         if known is None or report.sequence > known.sequence:

@@ -43,8 +43,8 @@ _PULSE_S = 1.0
 _PULSE_TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 10
 _NAME_TIMEOUT_S = 20
-_LEAVE_TIMEOUT_S = 30
-"""How long workers may take to end once the run has."""
+_LEAVE_TIMEOUT_S = 10
+"""How long workers may take to end by themselves once the run has."""
 _PLACE_TIMEOUT_S = 180
 """How long a group above the minimum may wait for its place."""
 _BACK_OFF_S = 60
