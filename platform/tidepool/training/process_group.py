@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from tidepool.training.group import QuorumLost
 
@@ -142,10 +142,9 @@ class MeetingPoint:
         return ProcessGroup(made[0], check)
 
     def _make(self, name: str, address: str, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
-        store: Store = self._store
-        if address != self.address:
-            host, _, port = address.rpartition(":")
-            store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=_CONNECT_TIMEOUT)
+        host, _, port = address.rpartition(":")
+        # A connection of its own, also to the worker's own store: one that waits in vain holds its connection's lock.
+        store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=_CONNECT_TIMEOUT)
         prefixed = PrefixStore(name, store)
         made: Any
         if device.type == "cuda":
