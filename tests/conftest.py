@@ -135,7 +135,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         server.create_bucket(bucket)
         os.environ.update(server.environment)  # for the cluster's processes, which inherit it, and for the rest of the session
         url = f"s3://{bucket}/cluster"
-    os.environ["RAY_worker_niceness"] = "0"  # Ray's workers yield to everything else (15), and on a busy machine then hardly run
+    os.environ.update({"RAY_worker_niceness": "0"})  # Ray's workers yield to everything else (15), and on a busy machine then hardly run
     running = local_cluster.start(url, num_cpus=4, log=folder / "ray.log")
     try:
         os.environ.update({"RAY_ADDRESS": running.address, "RAY_AUTH_MODE": "disabled"})
