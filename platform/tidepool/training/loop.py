@@ -102,7 +102,8 @@ class StepLoop:
         spec = self.spec.training
         stats_S2 = torch.zeros(spec.num_shards + 1, 2, dtype=torch.float64, device=self._device)
         stats_S2[-1, 0] = float(stop)
-        gradient = REDUCTIONS[spec.reduction](lambda shard: self._compute(shard, stats_S2), spec.num_shards, self._buffers, self.group)
+        reduce, adds_once = REDUCTIONS[spec.reduction], spec.micro_batch_size == spec.shard_size
+        gradient = reduce(lambda shard: self._compute(shard, stats_S2), spec.num_shards, self._buffers, self.group, adds_once)
         stats_S2[-1, 1] = self._data.waited_s - waited_s
         self.group.all_reduce(stats_S2)
         stats = stats_S2.cpu()
