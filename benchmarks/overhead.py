@@ -21,11 +21,11 @@ import multiprocessing as mp
 import os
 import platform
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -47,6 +47,7 @@ from transformers import PreTrainedModel
 
 from tidepool.data import Dataset, find_dataset, prepare
 from tidepool.models import add_lora, build_model, load_tokenizer, packed_attention_mask, packed_positions, train_tokenizer
+from tidepool.scratch import ScratchFolder
 from tidepool.specs import DataSpec, LoraSpec, RunSpec, parse_spec
 from tidepool.storage import open_store
 from tidepool.telemetry import MemorySink
@@ -366,6 +367,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="three rounds of one step")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the ends of all `with`, so that nothing is left
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     model = build_model(CONFIG, VOCAB_SIZE, seed=1)
     head = {
@@ -377,12 +379,13 @@ def main() -> int:
     }
     num_rounds, num_steps = (3, 1) if options.quick else (11, 1)
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with ScratchFolder("overhead") as folder:
         store_url = prepare_dataset(Path(folder))
         for num_workers in (1, 2):
             for kind in ("lora", "full"):
                 rows += measure(Side("", kind, num_workers, store_url), Path(folder), num_rounds, num_steps)
                 show(rows[-3:])
+    head["load_average_after"] = [round(one, 1) for one in os.getloadavg()]  # our own two workers are in it
     if options.json:
         options.json.write_text(json.dumps([head, *rows], indent=1) + "\n")
     return 0

@@ -101,7 +101,7 @@ class TakesReportsInAnyOrder(QuorumMachine):
 class ForgetsWhomItTold(QuorumMachine):
     """Takes a member that has not entered yet for out: it was told, and will enter."""
 
-    def _is_settled(self, worker: Any) -> bool:  # noqa: ARG002
+    def _is_settled(self, worker: Any) -> bool:
         return True
 
 
@@ -139,7 +139,7 @@ class TrustsOldWords(QuorumMachine):
 class GoesOnWithoutDriver(QuorumMachine):
     """Forms quorums though the driver may have started another machine."""
 
-    def _has_driver(self, now: float) -> bool:  # noqa: ARG002
+    def _has_driver(self, now: float) -> bool:
         return True
 
 
@@ -167,7 +167,7 @@ class WaitsForever(QuorumMachine):
 class NeverDoubtsAWait(QuorumMachine):
     """Lets a quorum go on whose workers all wait for one another."""
 
-    def _waits_for_peers(self, worker: Any) -> bool:  # noqa: ARG002
+    def _waits_for_peers(self, worker: Any) -> bool:
         return False
 
 

@@ -24,7 +24,9 @@ def shard_gradient(shard: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, generator=generator) * 10.0 ** (shard % 5)  # of many sizes, so that the order of addition shows
 
 
-def reduce_twice(group: LocalGroup | ProcessGroup, num_shards: int, name: str = "exact") -> tuple[torch.Tensor, int]:
+def reduce_twice(
+    group: LocalGroup | ProcessGroup, num_shards: int, name: str = "exact", adds_once: bool = False
+) -> tuple[torch.Tensor, int]:
     """The reduced gradient without padding, and how many shards this worker computed."""
     parameters, computed = make_parameters(), []
 
@@ -37,7 +39,7 @@ def reduce_twice(group: LocalGroup | ProcessGroup, num_shards: int, name: str = 
     buffers = GradientBuffers(parameters, group.size)
     results = []
     for _ in range(2):
-        whole = REDUCTIONS[name](compute, num_shards, buffers, group)
+        whole = REDUCTIONS[name](compute, num_shards, buffers, group, adds_once)
         results.append(whole[: sum(p.numel() for p in parameters.values())].clone())
         buffers.give_back(whole)
     assert torch.equal(*results)
@@ -49,7 +51,7 @@ def member(rank: int, world_size: int, num_shards: int, folder: str) -> None:
     assert dist.group.WORLD is not None
     group, saved = ProcessGroup(dist.group.WORLD, lambda: None), {}
     for name in REDUCTIONS:
-        result, num_computed = reduce_twice(group, num_shards, name)
+        result, num_computed = reduce_twice(group, num_shards, name, adds_once=num_shards == 8)
         saved |= {name: result, f"{name} computed": torch.tensor(num_computed)}
     torch.save(saved, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
@@ -62,7 +64,7 @@ def run_members(folder: Path, world_size: int, num_shards: int) -> list[dict[str
     for process in members:
         process.start()
     for process in members:
-        process.join(120)
+        process.join(250)
         assert process.exitcode == 0
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
@@ -92,6 +94,13 @@ def test_the_order_of_addition_matters_for_these_gradients() -> None:
     assert not torch.equal(one_by_one, reduce_twice(LocalGroup(), 8)[0])
 
 
+@pytest.mark.parametrize("num_shards", range(1, 20))
+def test_adding_in_place_changes_no_bit(num_shards: int) -> None:
+    in_place, num_computed = reduce_twice(LocalGroup(), num_shards, adds_once=True)
+    assert torch.equal(in_place, reduce_twice(LocalGroup(), num_shards)[0])
+    assert num_computed == num_shards
+
+
 def test_few_gradient_copies_are_held() -> None:
     parameters = make_parameters()
     buffers = GradientBuffers(parameters, 1)
@@ -106,7 +115,7 @@ def test_few_gradient_copies_are_held() -> None:
 
     buffers.take = counting_take  # type: ignore[method-assign]
     for _ in range(3):
-        buffers.give_back(reduce_gradients(lambda _shard: None, 64, buffers, LocalGroup()))
+        buffers.give_back(reduce_gradients(lambda _shard: None, 64, buffers, LocalGroup(), False))
     assert len(taken) <= 7  # log2(64) + 1
 
 
@@ -114,7 +123,7 @@ def test_the_plain_reduction_holds_one_gradient() -> None:
     parameters = make_parameters()
     buffers = GradientBuffers(parameters, 1)
     seen = set()
-    whole = REDUCTIONS["fast"](lambda _shard: seen.add(parameters["matrix"].grad.data_ptr()), 64, buffers, LocalGroup())  # type: ignore[union-attr]
+    whole = REDUCTIONS["fast"](lambda _shard: seen.add(parameters["matrix"].grad.data_ptr()), 64, buffers, LocalGroup(), False)  # type: ignore[union-attr]
     assert seen == {whole.data_ptr()}
 
 

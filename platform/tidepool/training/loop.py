@@ -150,8 +150,8 @@ class StepLoop:
         started, waited_s = time.monotonic(), self._data.waited_s
         spec, wishes = self.spec.training, self.watch.wishes()
         stats_S3 = torch.zeros(spec.num_shards + 1, 3, dtype=torch.float64, device=self.device)
-        reduce = REDUCTIONS[spec.reduction]
-        gradient = reduce(lambda shard: self._compute(shard, stats_S3), spec.num_shards, buffers, group, self.watch.tick)
+        reduce, adds_once = REDUCTIONS[spec.reduction], spec.micro_batch_size == spec.shard_size
+        gradient = reduce(lambda shard: self._compute(shard, stats_S3), spec.num_shards, buffers, group, adds_once, self.watch.tick)
         stats_S3[-1] = torch.tensor([wishes.stop, wishes.change, self._data.waited_s - waited_s], dtype=torch.float64)
         group.all_reduce(stats_S3)
         stats = stats_S3.cpu()

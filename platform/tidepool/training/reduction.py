@@ -20,6 +20,10 @@ from torch.nn import Parameter
 from tidepool.training.group import Group
 from tidepool.training.sharding import Node, cover, fold, owned_shards
 
+Tick = Callable[[str], None]
+Compute = Callable[[int], None]
+"""Adds the gradient of one shard to the parameters' `.grad`."""
+
 
 class GradientBuffers:
     """Flat float32 gradients of `parameters`, padded to a multiple of `multiple`, lent out and taken back.
@@ -53,37 +57,30 @@ class GradientBuffers:
 
 
 def reduce_gradients(
-    compute: Callable[[int], None],
-    num_shards: int,
-    buffers: GradientBuffers,
-    group: Group,
-    tick: Callable[[str], None] = lambda _: None,
+    compute: Compute, num_shards: int, buffers: GradientBuffers, group: Group, adds_once: bool, tick: Tick = lambda _: None
 ) -> Tensor:
     """The sum of all shards' gradients, (num_elements and padding,), the same bits on every worker; the caller gives the buffer back.
 
-    `compute(shard)` adds the gradient of one shard to the parameters' `.grad`. It is called for the shards of this
-    worker, in ascending order; `tick(phase)` is told when the exchange begins.
+    `compute` is called for the shards of this worker, in ascending order. `adds_once`: it adds once to each parameter (in one
+    backward pass), so that a shard may be added in place to the one before it where the tree adds these two; the bits are the same.
+    `tick(phase)` is told when the exchange begins.
     """
     own = cover(owned_shards(group.rank, group.size, num_shards), num_shards)
-    sums = [_sum_of(node, compute, buffers) for node in own]
+    sums = [_sum_of(node, compute, buffers, adds_once) for node in own]
     tick("exchange")
     if group.size == 1:
         return sums[0]
     covers = [cover(owned_shards(rank, group.size, num_shards), num_shards) for rank in range(group.size)]
     part = _exchange(sums, covers, num_shards, group)
-    for buffer in sums:
+    whole, *others = sums
+    for buffer in others:
         buffers.give_back(buffer)
-    whole = buffers.take()
     group.all_gather(part, whole)
     return whole
 
 
 def reduce_plainly(
-    compute: Callable[[int], None],
-    num_shards: int,
-    buffers: GradientBuffers,
-    group: Group,
-    tick: Callable[[str], None] = lambda _: None,
+    compute: Compute, num_shards: int, buffers: GradientBuffers, group: Group, _adds_once: bool, tick: Tick = lambda _: None
 ) -> Tensor:
     """As `reduce_gradients`, with the same bits on every worker, but other ones for every world size.
 
@@ -98,27 +95,28 @@ def reduce_plainly(
     return whole
 
 
-def _sum_of(node: Node, compute: Callable[[int], None], buffers: GradientBuffers) -> Tensor:
-    def leaf(one: Node) -> Tensor | None:
-        if one.stop - one.start > 1:
-            return None
+def _sum_of(node: Node, compute: Compute, buffers: GradientBuffers, adds_once: bool) -> Tensor:
+    if node.is_leaf:
         buffer = buffers.take()
         buffers.point(buffer)
-        compute(one.start)
+        compute(node.start)
         return buffer
-
-    def add(left: Tensor, right: Tensor) -> Tensor:
-        left.add_(right)
-        buffers.give_back(right)
-        return left
-
-    return fold(node, leaf, add)
+    left, right = node.children
+    total = _sum_of(left, compute, buffers, adds_once)
+    if adds_once and right.is_leaf:
+        buffers.point(total)
+        compute(right.start)
+        return total
+    added = _sum_of(right, compute, buffers, adds_once)
+    total.add_(added)
+    buffers.give_back(added)
+    return total
 
 
 def _exchange(sums: list[Tensor], covers: list[list[Node]], num_shards: int, group: Group) -> Tensor:
     """This worker's slice of the sum over the whole tree; `sums` are the values of `covers[group.rank]`."""
     slice_size = sums[0].numel() // group.size
-    sent = torch.stack([buffer.view(group.size, slice_size) for buffer in sums], dim=1)
+    sent = sums[0] if len(sums) == 1 else torch.stack([buffer.view(group.size, slice_size) for buffer in sums], dim=1)
     num_sent = [len(sums) * slice_size] * group.size
     received = group.all_to_all(sent.view(-1), num_sent, [len(nodes) * slice_size for nodes in covers])
     values = dict(zip((node for nodes in covers for node in nodes), received.view(-1, slice_size), strict=True))

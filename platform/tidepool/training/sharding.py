@@ -23,6 +23,11 @@ class Node:
     stop: int
 
     @property
+    def is_leaf(self) -> bool:
+        """Whether it is one shard."""
+        return self.stop - self.start == 1
+
+    @property
     def children(self) -> tuple["Node", "Node"]:
         """The two nodes that a node of several shards is the sum of, in the order of addition."""
         size = self.stop - self.start
