@@ -317,7 +317,8 @@ class QuorumMachine:
             self.current, self._formed_at = newest, now
             self.over = Number(newest.number.epoch, newest.number.count - 1)
         else:
-            self.over, self._over_at = Number(self._epoch, 0), now
+            self.over = Number(self._epoch, 0)
+        self._over_at = now
 
     def _goes_on(self, one: WorkerId, quorum: Quorum, now: float) -> bool:
         worker = self._find(one)
