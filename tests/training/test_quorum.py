@@ -49,7 +49,7 @@ from tidepool.training.quorum import (
     Tick,
 )
 
-NUM_LIVES = int(os.environ.get("TIDEPOOL_LIVES", "420"))
+NUM_LIVES = int(os.environ.get("TIDEPOOL_LIVES", "530"))
 
 
 @pytest.mark.parametrize("part", range(8))
@@ -174,7 +174,7 @@ class JudgesTheSilent(QuorumMachine):
 PLANTED: dict[type[QuorumMachine], int] = {
     ForgetsLeases: 0,
     GoesOnAtOnce: 100,
-    IgnoresCommits: 250,
+    IgnoresCommits: 500,
     TakesTornState: 0,
     ForgetsWhomItTold: 0,
     NumbersAnew: 0,
