@@ -14,7 +14,8 @@ Properties, looked at from outside at every event:
 - progress: some time after the last fault every group that is alive takes steps in the one quorum of the newest incarnation; who
   stopped is back in line, who hangs for good was found, killed and replaced.
 
-Planted bugs, each found by the same lives that the machine passes: see `PLANTED`.
+Planted bugs, each found by the same lives that the machine passes: see `PLANTED`. Not found so: a machine that believes reports
+which were overtaken; what a worker has heard to be over guards against them too. An example looks at that alone.
 
 `TIDEPOOL_LIVES=5000` lives longer than the default. A life that fails is repeated by `live(seed)`.
 """
@@ -48,7 +49,7 @@ from tidepool.training.quorum import (
     Tick,
 )
 
-NUM_LIVES = int(os.environ.get("TIDEPOOL_LIVES", "420"))
+NUM_LIVES = int(os.environ.get("TIDEPOOL_LIVES", "530"))
 
 
 @pytest.mark.parametrize("part", range(8))
@@ -87,15 +88,6 @@ class TakesTornState(QuorumMachine):
 
     def _form(self, reports: list[Report], now: float) -> list[Decision]:
         return super()._form([replace(report, step=report.step or self._committed.step) for report in reports], now)
-
-
-class TakesReportsInAnyOrder(QuorumMachine):
-    """Believes a report that was overtaken by a newer one."""
-
-    def _take(self, report: Report, now: float) -> None:
-        if (before := self._find(report.worker)) is not None:
-            before.report = replace(before.report, sequence=0)
-        super()._take(report, now)
 
 
 class ForgetsWhomItTold(QuorumMachine):
@@ -181,21 +173,20 @@ class JudgesTheSilent(QuorumMachine):
 
 PLANTED: dict[type[QuorumMachine], int] = {
     ForgetsLeases: 0,
-    GoesOnAtOnce: 0,
-    IgnoresCommits: 250,
+    GoesOnAtOnce: 100,
+    IgnoresCommits: 500,
     TakesTornState: 0,
-    TakesReportsInAnyOrder: 0,
     ForgetsWhomItTold: 0,
     NumbersAnew: 0,
     FormsWithParts: 0,
     LeasesToAll: 400,
     TrustsOldWords: 0,
-    GoesOnWithoutDriver: 0,
+    GoesOnWithoutDriver: 200,
     AdoptsWhatItSees: 0,
     GoesOnInAClosedIncarnation: 0,
     WaitsForever: 0,
     NeverDoubtsAWait: 0,
-    JudgesTheSilent: 0,
+    JudgesTheSilent: 150,
 }
 """With the life to begin the search at."""
 

@@ -174,8 +174,10 @@ class _Worker:
     progress_at: float
     leased_at: float
     """When a lease was last given to it."""
-    is_stuck: bool
+    is_stuck: bool = False
     """It was found so, and has not moved since."""
+    heard_at: float = 0.0
+    """When it first said that it had heard that its quorum is over."""
 
 
 @dataclass
@@ -203,7 +205,7 @@ class QuorumMachine:
         self._handled_at = self._awake_since = now
         self._waits_until = now + (rules.driver_lease_s + rules.lease_s) * _CLOCK_MARGIN if epoch else now
         self.current: Quorum | None = None
-        self._formed_at = self._over_at = now
+        self._formed_at = now
         self.over = NONE
         self._count = 0
         self._slowest_s: dict[str, float] = {}
@@ -290,7 +292,7 @@ class QuorumMachine:
         group.size = report.group_size
         before = group.workers.get(report.worker.rank)
         if before is None:
-            worker = _Worker(report, now, now, now - self._rules.lease_s * _CLOCK_MARGIN, is_stuck=False)
+            worker = _Worker(report, now, now, now - self._rules.lease_s * _CLOCK_MARGIN, heard_at=now)
             group.workers[report.worker.rank] = worker
         elif report.sequence <= before.report.sequence:
             return  # late or twice
@@ -298,6 +300,8 @@ class QuorumMachine:
             worker = before
             if (report.phase, report.progress) != (worker.report.phase, worker.report.progress):
                 worker.progress_at, worker.is_stuck = now, False
+            if not _has_heard(before.report) and _has_heard(report):
+                worker.heard_at = now
             worker.report, worker.received_at = report, now
         for phase, duration_s in report.slowest_s.items():
             self._slowest_s[phase] = max(duration_s, self._slowest_s.get(phase, 0.0))
@@ -317,7 +321,7 @@ class QuorumMachine:
             self.current, self._formed_at = newest, now
             self.over = Number(newest.number.epoch, newest.number.count - 1)
         else:
-            self.over, self._over_at = Number(self._epoch, 0), now
+            self.over = Number(self._epoch, 0)
 
     def _goes_on(self, one: WorkerId, quorum: Quorum, now: float) -> bool:
         worker = self._find(one)
@@ -329,7 +333,7 @@ class QuorumMachine:
         if self.current is None or not self.is_active:
             return
         if why := self._why_over(self.current, now):
-            self.over, self._over_at = self.current.number, now
+            self.over = self.current.number
             decisions.append(Over(self.over, why))
 
     def _why_over(self, quorum: Quorum, now: float) -> str:
@@ -364,8 +368,7 @@ class QuorumMachine:
         if report.phase == "wait":
             return self._is_member(report.worker) and self._stands_s(worker, self._formed_at) > self._rules.enter_s
         if report.phase in _WITH_PEERS:
-            is_told = report.is_active and _entered(report) <= self.over
-            return is_told and self._stands_s(worker, self._over_at) > self._rules.enter_s
+            return report.is_active and _has_heard(report) and self._stands_s(worker, worker.heard_at) > self._rules.enter_s
         return self._stands_s(worker) > self._deadline_s(report.phase)
 
     def _stands_s(self, worker: _Worker, since: float = 0.0) -> float:
@@ -536,3 +539,8 @@ class QuorumMachine:
 
 def _entered(report: Report) -> Number:
     return report.quorum.number if report.quorum else NONE
+
+
+def _has_heard(report: Report) -> bool:
+    """The worker knows that the newest quorum that it entered is over."""
+    return _entered(report) <= report.over
