@@ -81,6 +81,7 @@ class _Run:
         self._failures: list[Failure] = []
         self._grows_after = 0.0
         self._stop_asked = False
+        self._num_groups = spec.elastic.max
         self._ended = threading.Event()
         self._pulse = threading.Thread(target=self._keep_leases, name="pulse", daemon=True)
         self._pulse.start()
@@ -123,6 +124,7 @@ class _Run:
     # --- Replica groups -----------------------------------------------------------------------------------------------
 
     def _resize(self, orders: Orders) -> None:
+        self._num_groups = orders.num_groups
         if self._stop_asked:
             return
         elastic, running = self._spec.elastic, self._groups.running
@@ -202,6 +204,19 @@ class _Run:
             rules=Rules(),
         )
         self._heard = self._coordinator, ray.get(self._coordinator.begin.remote(beginning))
+        if self._epoch:
+            self._tell_again()
+
+    def _tell_again(self) -> None:
+        """What the coordinator before knew from this driver alone."""
+        for number in range(1, self._groups.num_started + 1):
+            if number not in self._groups.running:
+                self._coordinator.group_ended.remote(number)
+        leaving = tuple(group.number for group in self._groups.running.values() if group.is_leaving)
+        self._coordinator.release.remote(leaving)
+        self._coordinator.resize.remote(self._num_groups)
+        if self._stop_asked:
+            self._coordinator.request_stop.remote()
 
     def _claim_again(self) -> None:
         """Nobody holds the newest state any more: begin from the newest commit that verifies, as another incarnation."""

@@ -195,12 +195,14 @@ class Member:
         quorum = self._report.quorum
         assert quorum is not None
         with self._changed:
-            while True:
-                if self._over >= quorum.number:
-                    raise QuorumLost(f"quorum {quorum.number} is over")
-                if time.monotonic() < self._leased_until:
-                    return
+            phase = self._report.phase
+            while self._over < quorum.number and time.monotonic() >= self._leased_until:
+                self.tick("exchange")  # it is others that are waited for
                 self._changed.wait()
+            if self._over >= quorum.number:
+                raise QuorumLost(f"quorum {quorum.number} is over")
+            if phase != self._report.phase:
+                self.tick(phase)
 
     def check_anew(self) -> None:
         asked_at = time.monotonic()

@@ -84,15 +84,15 @@ class ReplicaGroups:
 
     def __init__(self, worker: WorkerFunction, task: Task) -> None:
         self._worker, self._task = worker, task
-        self._num_started = 0
+        self.num_started = 0
         self.running: dict[int, ReplicaGroup] = {}
 
     def start(self) -> ReplicaGroup:
         """Start another group: it pends until there is room for it."""
-        self._num_started += 1
+        self.num_started += 1
         launcher = ray.remote(num_cpus=0)(Launcher).remote(installed_versions())
-        fit = launcher.fit.remote(self._worker, self._task, self._num_started)
-        group = ReplicaGroup(self._num_started, launcher, fit, time.monotonic())
+        fit = launcher.fit.remote(self._worker, self._task, self.num_started)
+        group = ReplicaGroup(self.num_started, launcher, fit, time.monotonic())
         self.running[group.number] = group
         return group
 
