@@ -245,7 +245,7 @@ def main() -> int:
         "commit": commit,
         "load_average": [round(one, 1) for one in os.getloadavg()],  # what the machine did before
     }
-    num_rounds, cap_s = (1, 20.0) if options.quick else (3, 60.0)
+    num_rounds, cap_s = (1, 20.0) if options.quick else (3, 120.0)
     runs: dict[str, list[Figures]] = {}
     loads, resolutions = [], []
     with tempfile.TemporaryDirectory(prefix="tp-recovery-") as folder:

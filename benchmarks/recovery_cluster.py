@@ -66,8 +66,8 @@ class Cluster:
 
     def leave(self, notice_s: int) -> None:
         """Take the newest node away after a notice, as a spot instance goes: Ray is told at once and the node ends in time."""
-        node = self.nodes.pop()
-        assert self.nodes, "the head stays"
+        node = self.nodes[-1]
+        assert len(self.nodes) > 1, "the head stays"
         deadline = time.monotonic() + notice_s
         subprocess.run(
             [*_RAY, "drain-node", f"--address={self.address}", f"--node-id={_node_id(node)}", "--reason=DRAIN_NODE_REASON_PREEMPTION",
@@ -76,6 +76,7 @@ class Cluster:
         )  # fmt: skip
         time.sleep(max(0.0, deadline - time.monotonic()))
         end(node.process)
+        self.nodes.remove(node)
 
     def stop(self) -> None:
         """End all nodes, the head last, and remove their folders."""

@@ -191,7 +191,9 @@ class TidepoolSide:
             status = ray.get(ray.get_actor(coordinator_name(self._run)).status.remote(), timeout=10)
         except (ValueError, ray.exceptions.RayActorError):
             return []
-        return [Worker(one["rank"], one["pid"]) for one in status["workers"] if one["phase"] != "load"]
+        if not status["is_stepping"]:
+            return []
+        return sorted((Worker(one["rank"], one["pid"]) for one in status["workers"] if one["rank"] is not None), key=lambda one: one.rank)
 
     def shrink(self) -> None:
         self._resize(NUM_WORKERS - 1)
