@@ -305,7 +305,7 @@ def _print_table(summary: dict[str, Any]) -> None:
     for name in ("base", "adapter"):
         row = summary[name]
         losses = f"{row['held_out_loss_before']:>17.3f}{row['held_out_loss_after']:>8.3f}"
-        print(f"{row['run']:<14}{row['steps']:>6}{row['num_samples']:>9}{losses}   {row['published']}")
+        print(f"{row['run']:<14}{row['steps']:>6}{row['samples']:>9}{losses}   {row['published']}")
     print("(held-out loss in nats per token; before: an untrained model for the base, the base itself for the adapter)")
     print(
         f"\nthe kill       worker {kill['rank']} died at step {kill['at_step']}; the run went on from the commit of step "

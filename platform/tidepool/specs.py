@@ -230,7 +230,7 @@ class CheckpointSpec(Spec):
 class WorkersSpec(Spec):
     """One replica group: the workers of a Ray Train worker group, and what each of them gets.
 
-    `max_restarts` bounds the restarts after failures without a new checkpoint in between.
+    `max_restarts` bounds how many groups may fail, one after the other, without a new step in between.
     """
 
     num_workers: Count = 1
@@ -238,6 +238,19 @@ class WorkersSpec(Spec):
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     threads_per_worker: Count = 1
     max_restarts: Annotated[int, Field(ge=0)] = 8
+
+
+class ElasticSpec(Spec):
+    """How many replica groups train the run: `min` are waited for, and more join as the cluster has room, up to `max`."""
+
+    min: Count = 1
+    max: Count = 1
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) exceeds max ({self.max})")
+        return self
 
 
 class PublishSpec(Spec):
@@ -257,13 +270,16 @@ class RunSpec(StoredSpec):
     training: TrainingSpec
     checkpoint: CheckpointSpec = CheckpointSpec()
     workers: WorkersSpec = WorkersSpec()
+    elastic: ElasticSpec = ElasticSpec()
     publish: PublishSpec | None = None
 
     @model_validator(mode="after")
     def _enough_shards(self) -> Self:
-        if self.workers.num_workers > self.training.num_shards:
+        num_workers = self.elastic.max * self.workers.num_workers
+        if num_workers > self.training.num_shards:
+            groups = f"elastic.max ({self.elastic.max}) x " if self.elastic.max > 1 else ""
             raise ValueError(
-                f"workers.num_workers ({self.workers.num_workers}) exceeds training.num_shards ({self.training.num_shards}): "
+                f"{groups}workers.num_workers ({self.workers.num_workers}) exceeds training.num_shards ({self.training.num_shards}): "
                 "the extra workers would have nothing to compute"
             )
         return self

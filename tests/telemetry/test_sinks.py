@@ -41,7 +41,7 @@ def read_back(tmp_path: Path, name: str) -> list[tuple[int, float]]:
 
 def test_tensorboard_reads_all_flushes_of_all_incarnations_as_one_run(store: ObjectStore, tmp_path: Path, temporary: Path) -> None:
     for incarnation, steps in ((1, [1, 2, 3, 4]), (2, [3, 4, 5]), (10, [5, 6])):
-        sink = TensorBoardSink(store.put_if_absent, PREFIX, incarnation)
+        sink = TensorBoardSink(store.put_if_absent, PREFIX, f"{incarnation:08d}")
         for step in steps:
             sink.record(step, {"loss": incarnation + step / 8, "learning_rate": 0.5})
             if step % 2 == 0:
@@ -57,7 +57,7 @@ def test_tensorboard_reads_all_flushes_of_all_incarnations_as_one_run(store: Obj
 
 
 def test_without_values_nothing_is_stored_and_nothing_lies_around(store: ObjectStore, temporary: Path) -> None:
-    sink = TensorBoardSink(store.put_if_absent, PREFIX, 1)
+    sink = TensorBoardSink(store.put_if_absent, PREFIX, "00000001")
     sink.flush()
     sink.close()
     assert list(store.list("")) == []
@@ -74,7 +74,7 @@ def test_a_store_that_refuses_is_logged_and_the_run_goes_on(
             raise StoreUnreachableError("The store gave no answer within 60 s.")
         store.put_if_absent(key, path)
 
-    sink = TensorBoardSink(put, PREFIX, 1)
+    sink = TensorBoardSink(put, PREFIX, "00000001")
     sink.record(1, {"loss": 4.0})
     sink.flush()
     assert [record.levelname for record in caplog.records] == ["WARNING"]

@@ -16,7 +16,7 @@ from tidepool.registry import Registry
 from tidepool.specs import DataSpec, RunSpec, parse_spec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.telemetry import MemorySink
-from tidepool.training.group import LocalGroup
+from tidepool.training.member import Alone
 from tidepool.training.outcome import Outcome
 from tidepool.training.pins import read_pins, resolve
 from tidepool.training.worker import Task, run_task
@@ -116,5 +116,9 @@ def train_here(spec: RunSpec, beat: Beat = lambda *_: False, sink: MemorySink | 
     """One incarnation of a run in this process, as the driver would start it."""
     store = open_store(spec.store)
     pins = read_pins(spec, store) or resolve(spec, store)
-    task = Task(spec, pins, claim_incarnation(store, spec.run, {"spec_digest": spec.digest}))
-    return run_task(task, LocalGroup(), torch.device("cpu"), [sink or MemorySink()], beat)
+    claimed = claim_incarnation(store, spec.run, {"spec_digest": spec.digest})
+    base = claimed.base
+    alone = Alone(claimed.number, base.name if base else None, base.step if base else 0, beat)
+    outcome = run_task(Task(spec, pins, claimed.number), alone, torch.device("cpu"), [sink or MemorySink()])
+    assert outcome is not None
+    return outcome

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tidepool.training.group import LocalGroup, ProcessGroup
+from tidepool.training.group import LocalGroup
+from tidepool.training.process_group import ProcessGroup
 from tidepool.training.reduction import GradientBuffers, reduce_gradients
 
 SHAPES = {"matrix": (37, 11), "vector": (5,)}
@@ -44,7 +45,8 @@ def reduce_twice(group: LocalGroup | ProcessGroup, num_shards: int) -> tuple[tor
 
 def member(rank: int, world_size: int, num_shards: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    result, num_computed = reduce_twice(ProcessGroup(), num_shards)
+    assert dist.group.WORLD is not None
+    result, num_computed = reduce_twice(ProcessGroup(dist.group.WORLD, lambda: None), num_shards)
     torch.save({"result": result, "num_computed": torch.tensor(num_computed)}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -119,7 +119,7 @@ def test_killing_a_worker_changes_no_bit_and_neither_does_the_number_of_workers(
     workers = job.wait_for(lambda workers: len(workers) == 2 and at_step(25)(workers))
     psutil.Process(workers[1]["pid"]).kill()
     killed_result, lone_result = result_of(job, store), result_of(lone, store)
-    assert "starting them again" in job.output
+    assert "starting another" in job.output
     incarnations = claims(store, "killed")
     assert len(incarnations) == 2
     assert incarnations[1].base is not None, "it went on from a commit"

@@ -18,15 +18,15 @@ _logger = logging.getLogger(__name__)
 
 
 class TensorBoardSink:
-    """Writes scalars to `<prefix>events.out.tfevents.<incarnation>-<part>.tidepool`.
+    """Writes scalars to `<prefix>events.out.tfevents.<writer>-<part>.tidepool`.
 
     `record` costs microseconds (a queue and a local file); `flush` costs one put. A flush that the store refuses is
     logged and not tried again: a picture of the run is not worth the run.
     """
 
-    def __init__(self, put: Callable[[str, Path], None], prefix: str, incarnation: int) -> None:
-        """`put` stores the file at a path under a key (a store's `put_if_absent`)."""
-        self._put, self._prefix, self._incarnation = put, prefix, incarnation
+    def __init__(self, put: Callable[[str, Path], None], prefix: str, writer: str) -> None:
+        """`put` stores the file at a path under a key (a store's `put_if_absent`); `writer` is unique and sorts after earlier ones."""
+        self._put, self._prefix, self._writer_name = put, prefix, writer
         self._parts = 0
         self._folder: ScratchFolder | None = None
         self._writer: SummaryWriter | None = None
@@ -43,7 +43,7 @@ class TensorBoardSink:
             return
         self._writer.close()
         self._parts += 1
-        name = f"events.out.tfevents.{self._incarnation:08d}-{self._parts:08d}.tidepool"
+        name = f"events.out.tfevents.{self._writer_name}-{self._parts:08d}.tidepool"
         try:
             for path in Path(self._folder.name).iterdir():
                 self._put(f"{self._prefix}{name}", path)

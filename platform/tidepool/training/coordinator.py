@@ -1,58 +1,272 @@
-"""What the driver, the workers and a person who looks on know of a run that is going on. Plain; the driver makes it an actor.
+"""The quorum of a run as an actor: takes reports in and answers them, probes who went silent, tells the driver what to do.
 
-Its name belongs to the run, so that a run has one driver at a time in a cluster; it dies with the driver.
+Plain; the driver makes it an actor of 0 CPUs. All that is decided, `quorum` decides; here are the clock and the sockets. Its
+name belongs to the run, so that a run has one driver at a time in a cluster; it dies with the driver. Imports no torch.
 """
 
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tidepool.telemetry.logs import configure_logging
+from tidepool.training.ledger import Ledger
+from tidepool.training.membership import Directive, Quorum, Report, WorkerId
 from tidepool.training.outcome import Outcome
+from tidepool.training.quorum import (
+    Claimed,
+    ClaimNeeded,
+    DriverSeen,
+    Event,
+    Fatal,
+    Formed,
+    GroupEnded,
+    Kill,
+    Over,
+    Probe,
+    QuorumMachine,
+    Refused,
+    Release,
+    Reported,
+    Rules,
+    StopAsked,
+    Tick,
+)
+
+_logger = logging.getLogger(__name__)
+_TICK_S = 0.05
+_HOLD_S = 0.2
+"""How long the report of a worker that waits is kept unanswered, so that a new quorum reaches it at once."""
+_PROBE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
-class Heartbeat:
-    """What a worker is doing: `phase` is load, step, evaluate or commit; `step` counts completed steps."""
+class Beginning:
+    """What a coordinator starts from. `epoch` counts those that the driver had before; `account` is the `Ledger`'s of the base."""
 
-    incarnation: int
-    rank: int
-    step: int
-    phase: str
+    session: int
+    claimed: Claimed
+    committed: int
+    min_groups: int
+    max_groups: int
+    epoch: int
+    account: Mapping[str, Any]
+    rules: Rules
+
+
+@dataclass(frozen=True)
+class Condemned:
+    """A process that is to be killed."""
+
+    worker: WorkerId
     pid: int
     node_id: str
-    library: str
-    """Where the worker's own copy of this library lies."""
+    why: str
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What the driver is to do, and what it needs to know. `num_groups` is the number of replica groups that are wanted."""
+
+    step: int
+    has_quorum: bool
+    num_groups: int
+    heard: frozenset[int]
+    """The groups of which a worker has reported."""
+    condemned: tuple[Condemned, ...]
+    needs_claim: bool
+    fatal: str | None
+    outcome: Outcome | None
+    """How the run ended, None while it goes on."""
 
 
 class Coordinator:
-    """Takes heartbeats and the outcome; hands out the wish to stop."""
+    """Runs in one event loop; every method is short."""
 
     def __init__(self) -> None:
-        self._stopping = False
-        self._beats: dict[int, Heartbeat] = {}
+        configure_logging()
+        self._reports: dict[WorkerId, Report] = {}
+        self._changed = asyncio.Event()
+        self._probes: dict[WorkerId, asyncio.Task[None]] = {}
+        self._condemned: list[Condemned] = []
+        self._needs_claim = self._stopping = False
+        self._newest_step = 0
+        self._fatal: str | None = None
         self._outcome: Outcome | None = None
+        self._begun = asyncio.Event()
+        self._ticker: asyncio.Task[None] | None = None
 
-    def heartbeat(self, beat: Heartbeat) -> bool:
-        """Note what a worker does; returns whether the run is to stop after a commit."""
-        newest = max((one.incarnation for one in self._beats.values()), default=0)
-        if beat.incarnation > newest:
-            self._beats.clear()
-        if beat.incarnation >= newest:
-            self._beats[beat.rank] = beat
-        return self._stopping
+    async def begin(self, beginning: Beginning) -> None:
+        """Before anything else: the name is taken when the actor is made, the run is claimed after that."""
+        self._beginning, self._num_groups = beginning, beginning.max_groups
+        claimed, now = beginning.claimed, time.monotonic()
+        self._machine = QuorumMachine(beginning.rules, beginning.min_groups, claimed, beginning.committed, now, beginning.epoch)
+        self._ledger = Ledger(time.time(), beginning.account)
+        self._ticker = asyncio.get_running_loop().create_task(self._tick())
+        self._begun.set()
 
-    def request_stop(self) -> bool:
-        """Ask the workers to commit and leave; returns whether there are any that can hear it."""
-        self._stopping = True
-        return bool(self._beats)
+    # --- Workers ------------------------------------------------------------------------------------------------------
 
-    def set_outcome(self, outcome: Outcome) -> None:
+    async def report(self, report: Report) -> Directive:
+        """Take a report in and answer it; a worker that waits is answered when there is something for it, or after a while."""
+        await self._begun.wait()
+        if report.session != self._beginning.session:
+            return Directive(report.sequence, self._beginning.epoch, leave=True)
+        known = self._reports.get(report.worker)
+        if known is None or report.sequence > known.sequence:
+            self._reports[report.worker] = report
+        self._newest_step = max(self._newest_step, report.step or 0)
+        self._ledger.note_report(report)
+        self._handle(Reported(report))
+        directive = self._machine.directive(report, time.monotonic())
+        if report.is_ready and directive.quorum is None and not directive.leave:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _HOLD_S)
+            directive = self._machine.directive(report, time.monotonic())
+        return directive
+
+    async def account(self) -> dict[str, Any]:
+        """Where the run's time went so far, see `ledger`."""
+        return self._ledger.to_json(time.time())
+
+    # --- The driver ---------------------------------------------------------------------------------------------------
+
+    async def orders(self) -> Orders:
+        """What is to be done now; a process that is to be killed is named once."""
+        condemned, self._condemned = tuple(self._condemned), []
+        self._handle(DriverSeen())
+        return Orders(
+            step=self._newest_step,
+            has_quorum=self._machine.is_active,
+            num_groups=self._num_groups,
+            heard=frozenset(worker.group for worker in self._reports),
+            condemned=condemned,
+            needs_claim=self._needs_claim,
+            fatal=self._fatal,
+            outcome=self._outcome,
+        )
+
+    async def driver_is_here(self) -> None:
+        """The driver lives, whatever it is busy with."""
+        self._handle(DriverSeen())
+
+    async def group_ended(self, group: int) -> tuple[int, str]:
+        """A replica group is no more; returns the step that it held last, and the quorum that it entered last ("" if none)."""
+        reports = [report for worker, report in self._reports.items() if worker.group == group]
+        self._handle(GroupEnded(group))
+        entered = max((report.quorum.number for report in reports if report.quorum), default=None)
+        return max((report.step or 0 for report in reports), default=0), str(entered) if entered else ""
+
+    async def claimed(self, claimed: Claimed) -> None:
+        """Another incarnation was claimed."""
+        self._needs_claim = False
+        self._handle(claimed)
+
+    async def release(self, groups: tuple[int, ...]) -> None:
+        """Let these groups leave at the next step boundary."""
+        self._handle(Release(groups))
+
+    # --- Whoever asks -------------------------------------------------------------------------------------------------
+
+    async def set_outcome(self, outcome: Outcome) -> None:
         """Note how the run ended (by the worker of rank 0)."""
         self._outcome = outcome
 
-    def outcome(self) -> Outcome | None:
-        """How the run ended, None while it goes on."""
-        return self._outcome
+    async def request_stop(self) -> bool:
+        """Ask the workers to commit and leave; returns whether there are any that can hear it."""
+        self._stopping = True
+        self._handle(StopAsked())
+        return self._machine.current is not None
 
-    def status(self) -> dict[str, Any]:
-        """`workers`: the newest heartbeat of each, by rank, as JSON."""
-        return {"stopping": self._stopping, "workers": [asdict(beat) for _, beat in sorted(self._beats.items())]}
+    async def resize(self, num_groups: int) -> int:
+        """Ask for so many replica groups, within the spec's bounds; returns how many that makes."""
+        self._num_groups = min(max(num_groups, self._beginning.min_groups), self._beginning.max_groups)
+        return self._num_groups
+
+    async def status(self) -> dict[str, Any]:
+        """The run now, as JSON: `step`, `quorum`, `committed`, `groups`, and `workers`, each with its newest report."""
+        await self._begun.wait()
+        quorum = self._machine.current
+        return {
+            "stopping": self._stopping,
+            "step": self._newest_step,
+            "quorum": str(quorum.number) if quorum else None,
+            "is_stepping": self._machine.is_active,
+            "incarnation": quorum.incarnation if quorum else self._beginning.claimed.incarnation,
+            "committed": self._machine.committed.step,
+            "wanted_groups": self._num_groups,
+            "groups": sorted({worker.group for worker in quorum.workers}) if quorum else [],
+            "account": self._ledger.to_json(time.time()),
+            "workers": [self._describe(report, quorum) for _, report in sorted(self._reports.items())],
+        }
+
+    def _describe(self, report: Report, quorum: Quorum | None) -> dict[str, Any]:
+        process = asdict(report.process) if report.process else {}
+        rank = quorum.workers.index(report.worker) if quorum and report.worker in quorum.workers else None
+        entered = str(report.quorum.number) if report.quorum and report.is_active else None
+        return {
+            "group": report.worker.group,
+            "rank_in_group": report.worker.rank,
+            "rank": rank,
+            "phase": report.phase,
+            "step": report.step or 0,
+            "quorum": entered,
+            **process,
+        }
+
+    # --- Events in, decisions out -------------------------------------------------------------------------------------
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, GroupEnded):
+            self._reports = {worker: report for worker, report in self._reports.items() if worker.group != event.group}
+        for decision in self._machine.handle(event, time.monotonic()):
+            self._act(decision)
+
+    def _act(self, decision: Any) -> None:
+        match decision:
+            case Formed(quorum):
+                self._ledger.note_quorum(quorum)
+                _logger.info(
+                    "quorum %s takes the steps after %d: workers %s", quorum.number, quorum.step, ", ".join(map(str, quorum.workers))
+                )
+                self._wake()
+            case Over(number, why):
+                _logger.info("quorum %s is over: %s", number, why)
+                self._wake()
+            case Probe(worker, address):
+                if worker not in self._probes:
+                    self._probes[worker] = asyncio.get_running_loop().create_task(self._probe(worker, address))
+            case Kill(worker, why):
+                report = self._reports.get(worker)
+                if report is not None and report.process is not None:
+                    self._condemned.append(Condemned(worker, report.process.pid, report.process.node_id, why))
+            case ClaimNeeded():
+                self._needs_claim = True
+            case Fatal(message):
+                self._fatal = message
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def _tick(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self._handle(Tick())
+
+    async def _probe(self, worker: WorkerId, address: str) -> None:
+        """Find out whether a process is dead: only then does its node refuse the connection."""
+        host, _, port = address.rpartition(":")
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), _PROBE_TIMEOUT_S)
+        except ConnectionRefusedError:
+            self._handle(Refused(worker))
+        except (OSError, TimeoutError):
+            pass  # no proof of anything: the lease decides
+        else:
+            writer.close()
+        await asyncio.sleep(_TICK_S)
+        del self._probes[worker]

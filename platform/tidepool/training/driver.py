@@ -1,10 +1,8 @@
-"""The driver of a run on a Ray cluster: from a spec to a result, restarting workers that fail. A shell around pure parts.
-
-Each incarnation is one `TorchTrainer.fit()` of fixed size inside a launcher actor of its own (0 CPUs): a `fit()` has no
-public way to be cancelled, but a launcher can be ended, and takes its workers with it.
+"""The driver of a run on a Ray cluster: from a spec to a result, through replica groups that come and go. A shell around pure parts.
 
 Invariants:
 - A run has one driver in a cluster (the coordinator's name) and one incarnation that advances in the store.
+- When a group dies nobody else is touched: the quorum goes on without it, and another group is started.
 - SIGTERM and SIGINT let the workers commit and leave first; what was committed before is there in any case.
 - The driver holds no state that the store does not have: submitting the same spec again continues the run.
 """
@@ -13,41 +11,48 @@ import logging
 import os
 import signal
 import socket
-import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 import tidepool
-from tidepool.checkpoint import Incarnation, claim_incarnation
-from tidepool.errors import ClusterError, RunError, SpecError, TidepoolError
-from tidepool.scratch import ScratchFolder
-from tidepool.specs import RunSpec, WorkersSpec
-from tidepool.storage import open_store
-from tidepool.telemetry import configure_logging
-from tidepool.training.coordinator import Coordinator
+from tidepool.checkpoint import Incarnation, RunLog, claim_incarnation, read_manifest
+from tidepool.errors import ClusterError, CorruptCheckpointError, RunError, SpecError
+from tidepool.specs import RunSpec
+from tidepool.storage import ObjectStore, open_store
+from tidepool.training.coordinator import Beginning, Coordinator, Orders
+from tidepool.training.growth import num_to_start
 from tidepool.training.outcome import Outcome
-from tidepool.training.pins import read_pins, resolve
+from tidepool.training.pins import Pins, read_pins, resolve
+from tidepool.training.quorum import Claimed, Rules
 from tidepool.training.ray_worker import NAMESPACE, coordinator_name, train_worker
+from tidepool.training.replica_groups import Ended, ReplicaGroups, WorkerFunction, end_process, waiting_for
 from tidepool.training.restarts import Failure, give_up
-from tidepool.training.versions import installed_versions
 from tidepool.training.worker import Task, read_result
 
 _logger = logging.getLogger(__name__)
-_POLL_S = 0.5
+_POLL_S = 0.2
+_PULSE_S = 1.0
 _CONNECT_TIMEOUT_S = 10
-_COLLECTIVE_TIMEOUT_S = 600
+_NAME_TIMEOUT_S = 20
+_LEAVE_TIMEOUT_S = 30
+"""How long workers may take to end once the run has."""
+_PLACE_TIMEOUT_S = 180
+"""How long a group above the minimum may wait for its place."""
+_BACK_OFF_S = 60
 
 
-def train(spec: RunSpec) -> Outcome:
-    """Run or continue a run to its end, or until it is asked to stop. Raises any of Tidepool's errors."""
+def train(spec: RunSpec, worker: WorkerFunction = train_worker) -> Outcome:
+    """Run or continue a run to its end, or until it is asked to stop. Raises any of Tidepool's errors.
+
+    `worker` is what each process of a replica group runs.
+    """
     if spec.store.startswith("memory://"):
         raise SpecError(f"store: {spec.store} is another store in each process: give s3://bucket/prefix, or file:/// and an absolute path.")
     store = open_store(spec.store)
@@ -55,24 +60,177 @@ def train(spec: RunSpec) -> Outcome:
     if (result := read_result(store, spec.run)) is not None:
         _logger.info("run %s is finished; give another `run` name to train again", spec.run)
         return Outcome(True, result["steps"], result)
-    with _connection(), _coordinator(spec.run) as coordinator, _stop_signals() as stop:
-        failures: list[Failure] = []
+    with _connection(), closing(_Run(spec, pins, store, worker)) as run, _stop_signals() as stop:
+        return run.drive(stop)
+
+
+class _Run:
+    """One driver's life of a run: its coordinator, its replica groups, and what went wrong so far."""
+
+    def __init__(self, spec: RunSpec, pins: Pins, store: ObjectStore, worker: WorkerFunction) -> None:
+        self._spec, self._store = spec, store
+        self._coordinator = _make_coordinator(spec.run)
+        self._claimed = claim_incarnation(store, spec.run, {"spec_digest": spec.digest})
+        self._groups = ReplicaGroups(worker, Task(spec, pins, self._claimed.number))
+        self._session, self._epoch = self._claimed.number, 0
+        self._begin()
+        self._failures: list[Failure] = []
+        self._grows_after = 0.0
+        self._stop_asked = False
+        self._ended = threading.Event()
+        self._pulse = threading.Thread(target=self._keep_leases, name="pulse", daemon=True)
+        self._pulse.start()
+
+    def close(self) -> None:
+        """End everything that is left of the run in the cluster."""
+        self._ended.set()
+        self._pulse.join()
+        for number in list(self._groups.running):
+            self._groups.end(number)
+        ray.kill(self._coordinator)
+
+    def drive(self, stop: "_StopSignal") -> Outcome:
+        """See `train`."""
+        lacking = waiting_for(self._spec.workers, self._spec.elastic.min)
+        for line in lacking:
+            _logger.warning("waiting for %s", line)
         while True:
-            incarnation = claim_incarnation(store, spec.run, {"spec_digest": spec.digest})
-            task = Task(spec, pins, incarnation)
-            failure = _run_incarnation(task, coordinator, stop)
-            outcome: Outcome | None = ray.get(coordinator.outcome.remote())
-            if outcome is not None:
-                return outcome
-            if failure is None:
-                return Outcome(False, _base_step(incarnation), None)
-            failures.append(failure)
-            if error := give_up(failures, spec.workers.max_restarts):
-                raise error
-            _logger.warning(
-                "workers of run %s failed at step %d (%s); %sstarting them again", spec.run, failure.step, failure.summary, failure.hint
-            )
-            pins = read_pins(spec, store) or pins
+            orders = self._orders()
+            if orders.outcome is not None:
+                return self._finish(orders.outcome)
+            if orders.fatal is not None:
+                raise RunError(f"Run {self._spec.run} cannot go on: {orders.fatal}.")
+            if stop.received and not self._stop_asked:
+                self._stop_asked = True
+                _logger.info("stopping run %s after a commit at the next step", self._spec.run)
+                if not ray.get(self._coordinator.request_stop.remote()):
+                    return Outcome(False, _base_step(self._claimed), None)
+            for condemned in orders.condemned:
+                _logger.warning("killing worker %s (pid %d): it %s", condemned.worker, condemned.pid, condemned.why)
+                end_process(condemned)
+            if orders.needs_claim:
+                self._claim_again()
+            self._resize(orders)
+            for ended in self._groups.wait(_POLL_S):
+                outcome = self._note_end(ended, orders)
+                if outcome is not None:
+                    return self._finish(outcome)
+
+    # --- Replica groups -----------------------------------------------------------------------------------------------
+
+    def _resize(self, orders: Orders) -> None:
+        if self._stop_asked:
+            return
+        elastic, running = self._spec.elastic, self._groups.running
+        staying = [group for group in running.values() if not group.is_leaving]
+        for group in staying[orders.num_groups :]:
+            _logger.info("group %d is to leave at the next step", group.number)
+            group.is_leaving = True
+            self._coordinator.release.remote((group.number,))
+        for group in list(running.values()):
+            is_pending = group.number not in orders.heard
+            is_late = is_pending and time.monotonic() - group.started_at > _PLACE_TIMEOUT_S and len(staying) > elastic.min
+            if is_late or (is_pending and group.is_leaving):
+                self._groups.end(group.number)
+                self._grows_after = time.monotonic() + _BACK_OFF_S
+        num_staying = sum(not group.is_leaving for group in running.values())
+        room = self._groups.room(orders.heard) if time.monotonic() >= self._grows_after else 0
+        workers, num_shards = self._spec.workers.num_workers, self._spec.training.num_shards
+        for _ in range(num_to_start(num_staying, room, elastic.min, orders.num_groups, workers, num_shards)):
+            group = self._groups.start()
+            _logger.info("starting replica group %d", group.number)
+
+    def _note_end(self, ended: Ended, orders: Orders) -> Outcome | None:
+        """Take the end of a group in; returns the run's outcome if that is why. Raises what the run ends with."""
+        step, attempt = ray.get(self._coordinator.group_ended.remote(ended.number))
+        if ended.error is None:
+            result = read_result(self._store, self._spec.run)
+            return Outcome(True, result["steps"], result) if result else None
+        if isinstance(ended.error, CorruptCheckpointError):
+            self._claim_again()
+        failure = Failure(step, attempt, ended.error, ended.detail)
+        if orders.has_quorum and not attempt:
+            _logger.warning("group %d did not come to join run %s (%s)", ended.number, self._spec.run, failure.summary)
+            self._grows_after = time.monotonic() + _BACK_OFF_S
+            return None
+        self._failures.append(failure)
+        if error := give_up(self._failures, self._spec.workers.max_restarts):
+            raise error
+        _logger.warning("a group of run %s failed at step %d (%s); %sstarting another", self._spec.run, step, failure.summary, failure.hint)
+        return None
+
+    def _finish(self, outcome: Outcome) -> Outcome:
+        """Let the workers end by themselves, which tells Ray Train that they did."""
+        deadline = time.monotonic() + _LEAVE_TIMEOUT_S
+        heard = self._orders().heard
+        while time.monotonic() < deadline and any(number in heard for number in self._groups.running):
+            self._groups.wait(_POLL_S)
+        return outcome
+
+    # --- The coordinator ----------------------------------------------------------------------------------------------
+
+    def _orders(self) -> Orders:
+        while True:
+            try:
+                orders: Orders = ray.get(self._coordinator.orders.remote())
+            except ray.exceptions.RayActorError as error:
+                _logger.warning("the quorum of run %s is gone (%s); starting it again", self._spec.run, str(error).partition("\n")[0])
+                self._epoch += 1
+                self._coordinator = _make_coordinator(self._spec.run, _NAME_TIMEOUT_S)
+                self._begin()
+            else:
+                return orders
+
+    def _begin(self) -> None:
+        commits = RunLog(self._store, self._spec.run).visible_commits()
+        account = read_manifest(self._store, self._spec.run, commits[0]).get("account", {}) if commits else {}
+        elastic = self._spec.elastic
+        beginning = Beginning(
+            session=self._session,
+            claimed=_as_claimed(self._claimed),
+            committed=commits[0].step if commits else 0,
+            min_groups=elastic.min,
+            max_groups=elastic.max,
+            epoch=self._epoch,
+            account=account,
+            rules=Rules(),
+        )
+        ray.get(self._coordinator.begin.remote(beginning))
+
+    def _claim_again(self) -> None:
+        """Nobody holds the newest state any more: begin from the newest commit that verifies, as another incarnation."""
+        self._claimed = claim_incarnation(self._store, self._spec.run, {"spec_digest": self._spec.digest})
+        _logger.warning("run %s goes on from the checkpoint of step %d", self._spec.run, _base_step(self._claimed))
+        ray.get(self._coordinator.claimed.remote(_as_claimed(self._claimed)))
+
+    def _keep_leases(self) -> None:
+        """Say that the driver lives, also while its main thread reads a large checkpoint."""
+        while not self._ended.wait(_PULSE_S):
+            self._coordinator.driver_is_here.remote()
+
+
+def _as_claimed(incarnation: Incarnation) -> Claimed:
+    base = incarnation.base
+    return Claimed(incarnation.number, base.name if base else None, _base_step(incarnation))
+
+
+def _base_step(incarnation: Incarnation) -> int:
+    return incarnation.base.step if incarnation.base else 0
+
+
+def _make_coordinator(run: str, timeout_s: float = 0.0) -> ActorHandle:
+    """The coordinator, which takes the run's name in the cluster; waits for the name of one that died. Raises `RunError`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            return ray.remote(num_cpus=0)(Coordinator).options(name=coordinator_name(run), namespace=NAMESPACE).remote()
+        except ValueError as error:  # Ray's way to say that the name is taken
+            if time.monotonic() > deadline:
+                raise RunError(
+                    f"Run {run} is being trained in this cluster already: wait for it, stop its job (`ray job list`, `ray job stop ID`), "
+                    "or choose another `run` name."
+                ) from error
+        time.sleep(_POLL_S)
 
 
 @contextmanager
@@ -113,114 +271,6 @@ def _no_cluster(where: str = "") -> ClusterError:
     return ClusterError(
         f"No Ray cluster answers{where}. Start one with `make up` (or `ray up cluster.yaml`), or submit with `ray job submit`."
     )
-
-
-class Launcher:
-    """Holds one `fit()`; made an actor of its own for each incarnation. `versions` are those of the driver."""
-
-    def __init__(self, versions: Mapping[str, str]) -> None:
-        self._versions = versions
-
-    def fit(self, task: Task) -> Failure | None:
-        """Run one incarnation to its end; returns how it failed, None if it did not."""
-        configure_logging()
-        workers = task.spec.workers
-        with ScratchFolder("train") as folder:
-            trainer = TorchTrainer(
-                train_worker,
-                train_loop_config={"task": task, "versions": self._versions},
-                scaling_config=_scaling(workers),
-                torch_config=TorchConfig(backend="nccl" if workers.gpus_per_worker else "gloo", timeout_s=_COLLECTIVE_TIMEOUT_S),
-                run_config=RunConfig(
-                    name=f"{task.spec.run}-{task.incarnation.number}", storage_path=folder, failure_config=FailureConfig(max_failures=0)
-                ),
-            )
-            try:
-                trainer.fit()
-            except TrainingFailedError as error:
-                return _failure(error, task)
-        return None
-
-
-def _run_incarnation(task: Task, coordinator: ActorHandle, stop: "_StopSignal") -> Failure | None:
-    """Run one incarnation; returns how it failed, None if it ended well or was stopped before it began."""
-    _report_waiting(task.spec.workers)
-    launcher = ray.remote(num_cpus=0)(Launcher).remote(installed_versions())
-    pending = launcher.fit.remote(task)
-    asked = False
-    try:
-        while not ray.wait([pending], timeout=_POLL_S)[0]:
-            if stop.received and not asked:
-                _logger.info("stopping run %s after a commit at the next step", task.spec.run)
-                asked = True
-                if not ray.get(coordinator.request_stop.remote()):
-                    return None
-        failure: Failure | None = ray.get(pending)
-    except ray.exceptions.RayActorError as error:
-        failure = Failure(_base_step(task.incarnation), 0, error, str(error))
-    finally:
-        ray.kill(launcher)
-    if failure is None:
-        return None
-    workers = ray.get(coordinator.status.remote())["workers"]
-    step = max((worker["step"] for worker in workers), default=failure.base_step)
-    return Failure(failure.base_step, step, failure.error, failure.detail)
-
-
-def _scaling(workers: WorkersSpec) -> ScalingConfig:
-    resources = {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
-    return ScalingConfig(num_workers=workers.num_workers, use_gpu=bool(workers.gpus_per_worker), resources_per_worker=resources)
-
-
-def _report_waiting(workers: WorkersSpec) -> None:
-    """Say what the workers wait for, if the cluster does not have it: it may come (autoscaler), so this is no error."""
-    free = ray.available_resources()
-    for name, each in {"CPU": workers.cpus_per_worker, "GPU": workers.gpus_per_worker}.items():
-        if free.get(name, 0) < each * workers.num_workers:
-            _logger.warning(
-                "waiting for %g %s (%d workers, %g each); free in the cluster now: %g of %g",
-                *(each * workers.num_workers, name, workers.num_workers, each, free.get(name, 0), ray.cluster_resources().get(name, 0)),
-            )
-
-
-def _failure(error: TrainingFailedError, task: Task) -> Failure:
-    """What made a worker group fail: an error of ours if any worker has one, else the first worker's."""
-    causes = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else [error]
-    own = next((ours for cause in causes if (ours := _own_error(cause)) is not None), None)
-    detail = "".join(traceback.format_exception(causes[0]))
-    # Other exceptions may not survive pickling on the way to the driver: their type's name and text do.
-    chosen = own or RuntimeError(f"{type(causes[0]).__name__}: {causes[0]}")
-    return Failure(_base_step(task.incarnation), 0, chosen, detail)
-
-
-def _own_error(error: BaseException | None) -> TidepoolError | None:
-    """The error of ours that Ray's wrappers hold, if any."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, TidepoolError):
-            return error
-        seen.add(id(error))
-        error = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
-    return None
-
-
-def _base_step(incarnation: Incarnation) -> int:
-    return incarnation.base.step if incarnation.base else 0
-
-
-@contextmanager
-def _coordinator(run: str) -> Iterator[ActorHandle]:
-    try:
-        actor = ray.remote(num_cpus=0)(Coordinator).options(name=coordinator_name(run), namespace=NAMESPACE).remote()
-    except ValueError as error:  # Ray's way to say that the name is taken
-        raise RunError(
-            f"Run {run} is being trained in this cluster already: wait for it, stop its job (`ray job list`, `ray job stop ID`), "
-            "or choose another `run` name."
-        ) from error
-    try:
-        yield actor
-    finally:
-        ray.kill(actor)
 
 
 class _StopSignal:

@@ -1,17 +1,13 @@
-"""The workers that take a step together, as three collectives; and the group of one. A barrier is an `all_reduce` of anything."""
+"""The workers that take a step together, as four collectives; and the group of one. A barrier is an `all_reduce` of anything."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
-
-_all_gather_flat = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # the name changed after torch 2.11
 
 
 class Group(Protocol):
-    """`rank` 0 to `size` - 1. Every member makes the same calls in the same order; a lost member raises `RuntimeError`."""
+    """`rank` 0 to `size` - 1. Every member makes the same calls in the same order; a lost member raises `QuorumLost`."""
 
     @property
     def rank(self) -> int: ...
@@ -31,6 +27,10 @@ class Group(Protocol):
         """Fill the flat `whole` with the members' parts, all of one size, by rank."""
         ...
 
+    def broadcast(self, values: Tensor, source: int) -> None:
+        """Give every member the values of rank `source`, in place."""
+        ...
+
 
 class LocalGroup:
     """A worker alone."""
@@ -47,21 +47,12 @@ class LocalGroup:
     def all_gather(self, part: Tensor, whole: Tensor) -> None:
         whole.copy_(part)
 
+    def broadcast(self, values: Tensor, source: int) -> None:
+        assert source == 0
 
-class ProcessGroup:
-    """A process group of torch.distributed (the default one unless given): gloo on CPUs, NCCL on GPUs."""
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        self._group = group
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+class QuorumLost(Exception):
+    """The quorum is over: a peer is gone, or somebody else found that one is. What was under way in it counts for nothing.
 
-    def all_reduce(self, values: Tensor) -> None:
-        dist.all_reduce(values, group=self._group)
-
-    def all_to_all(self, sent: Tensor, num_sent: Sequence[int], num_received: Sequence[int]) -> Tensor:
-        received = torch.empty(sum(num_received), dtype=sent.dtype, device=sent.device)
-        dist.all_to_all_single(received, sent, list(num_received), list(num_sent), group=self._group)
-        return received
-
-    def all_gather(self, part: Tensor, whole: Tensor) -> None:
-        _all_gather_flat(whole, part, group=self._group)
+    Never reaches a person: whoever leads a worker catches it and waits for the next quorum.
+    """

@@ -5,18 +5,20 @@ Invariants:
   interrupted, given the spec and the numerics fingerprint.
 - Every random number of a step is seeded by (seed, step, shard).
 - A loss or gradient norm that is not finite is never applied or committed.
-- All workers leave at the same step: a wish to stop rides in the step's own exchange.
+- All workers leave a quorum at the same step: the wishes to stop and to change it ride in the step's own exchange.
+- A step that is interrupted changes nothing, unless the optimizer was at work; then the state is torn, and says so.
+- What is due at a step boundary (an evaluation, a commit) follows from the state alone, so that whoever comes next does it.
 - Samples are read ahead of the step that needs them; which ones, and in what order, the step numbers alone decide.
 
-What is around it (devices, the store, who restarts it) is handed in.
+What is around it (devices, the store, peers, who restarts it) is handed in.
 """
 
 import hashlib
 import math
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass, field
+from enum import Enum
 
 import torch
 from transformers import PreTrainedModel
@@ -32,13 +34,22 @@ from tidepool.training.objective import loss_sum, precision
 from tidepool.training.optimizer import build_optimizer, clip, learning_rate, set_learning_rate
 from tidepool.training.prefetch import Prefetch
 from tidepool.training.reduction import GradientBuffers, reduce_gradients
+from tidepool.training.sample_record import SampleRecord, samples_digest
 from tidepool.training.sharding import owned_shards
-from tidepool.training.state import History, Tensors, capture, install, trained_parameters
+from tidepool.training.state import History, Tensors, capture, install, prepare_moments, trained_parameters
+from tidepool.training.transfer import share_numbers, share_tensors
+from tidepool.training.watch import Watch, Wishes
 
-Beat = Callable[[int, str], bool]
-"""Tells the outside (completed steps, phase) and returns whether somebody wants the run to stop."""
-Commit = Callable[[int, dict[str, Tensors]], None]
+Commit = Callable[[int, dict[str, Tensors], SampleRecord], None]
 """Makes the state after a number of steps outlive this process. Called on the worker of rank 0 alone."""
+
+
+class Ending(Enum):
+    """Why the loop gave the quorum back."""
+
+    FINISHED = "finished"
+    STOPPED = "stopped"
+    CHANGE = "change"
 
 
 @dataclass
@@ -49,101 +60,151 @@ class StepLoop:
     model: PreTrainedModel
     train: Dataset
     held_out: Dataset
-    group: Group
     dtype: torch.dtype
     sink: Sink
-    beat: Beat
+    watch: Watch
     commit: Commit
     step: int = 0
     history: History = field(default_factory=History)
+    is_whole: bool = False
+    """The state is that after `step` steps; not while it is being changed, nor before it was given its first."""
 
     def __post_init__(self) -> None:
-        self._device = next(self.model.parameters()).device
+        self.device = next(self.model.parameters()).device
         self._parameters = trained_parameters(self.model)
         self._optimizer = build_optimizer(self._parameters, self.spec.training.optimizer)
-        self._buffers = GradientBuffers(self._parameters, self.group.size)
+        prepare_moments(self._parameters, self._optimizer)
         self._data = Prefetch(self._read, self.spec.training.shard_size * self.train.sample_bytes)
-        self._committed_step: int | None = None
+        self.record = SampleRecord()
+        self.is_initial = True
+        """Nothing has changed the state since the model was built."""
+
+    # --- State --------------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Take the initial state as that after 0 steps."""
+        assert self.is_initial
+        self._is_now_whole()
 
     def restore(self, step: int, state: dict[str, Tensors]) -> None:
         """Go on from a state that was committed after `step` steps."""
+        self._is_now_torn()
         self.history = install(self._parameters, self._optimizer, state)
-        self.step = self._committed_step = step
+        self.step, self.record = step, SampleRecord()
+        self._is_now_whole()
+
+    def share(self, source: int, group: Group) -> None:
+        """Give the state of the group's rank `source` to all its members. Raises `QuorumLost`; a receiver is torn then."""
+        is_source = group.rank == source
+        if not is_source:
+            self._is_now_torn()
+        numbers = {**self.history.to_numbers(), **self.record.to_numbers(), "step": [float(self.step)]} if is_source else None
+        received = share_numbers(numbers, source, group, self.device)
+        state = capture(self._parameters, self._optimizer, self.history)
+        share_tensors([*state["model"].values(), *state["optimizer"].values()], source, group, self.device)
+        if not is_source:
+            self.history, self.record = History.from_numbers(received), SampleRecord.from_numbers(received)
+            self.step = int(received["step"][0])
+            self._is_now_whole()
 
     def state(self) -> dict[str, Tensors]:
-        """The state after `step` steps (at least one), see `state`."""
+        """The state after `step` steps, see `state`."""
         return capture(self._parameters, self._optimizer, self.history)
 
-    def run(self) -> bool:
-        """Take the steps that are left; returns False if somebody asked to stop first. The last state is committed."""
+    def _is_now_torn(self) -> None:
+        self.is_whole = self.is_initial = False
+        self.watch.holds(None, "")
+
+    def _is_now_whole(self) -> None:
+        self.is_whole = True
+        losses, norms = self.history.losses, self.history.gradient_norms
+        self.watch.holds(self.step, f"{losses[-1].hex()} {norms[-1].hex()}" if losses else "")
+
+    # --- Steps --------------------------------------------------------------------------------------------------------
+
+    def run(self, group: Group) -> Ending:
+        """Take steps with `group`; the last state is committed unless the quorum is only to change. Raises `QuorumLost`."""
+        assert self.is_whole
         training = self.spec.training
         self.model.train()
-        with closing(self._data):
-            self._data.plan(range(self.step, training.steps), owned_shards(self.group.rank, self.group.size, training.num_shards))
-            self._take_steps()
-        return self.step == training.steps
+        buffers = GradientBuffers(self._parameters, group.size)
+        self._data.plan(range(self.step, training.steps), owned_shards(group.rank, group.size, training.num_shards))
+        wishes = Wishes()
+        while True:
+            if self._is_evaluation_due():
+                self._evaluate(group)
+            self._commit_if_due(group, wishes.stop)
+            if self.step == training.steps or wishes.stop:
+                self._meet(group)  # nobody leaves before the commit stands
+                return Ending.FINISHED if self.step == training.steps else Ending.STOPPED
+            if wishes.change:
+                return Ending.CHANGE
+            wishes = self._step(group, buffers)
 
-    def _take_steps(self) -> None:
-        training = self.spec.training
-        if not self.history.evaluations:
-            self._evaluate()
-        stopping = False
-        while self.step < training.steps and not stopping:
-            stopping = self._step()
-            if self.step % training.evaluate_every_steps == 0 or self.step == training.steps:
-                self._evaluate()
-            if self.step % self.spec.checkpoint.every_steps == 0 or self.step == training.steps or stopping:
-                self._commit()
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        self._data.close()
 
-    def _step(self) -> bool:
-        """One optimizer step; returns whether somebody wants the run to stop after it."""
+    def _step(self, group: Group, buffers: GradientBuffers) -> Wishes:
+        """One optimizer step; returns what anybody wants after it."""
         started, waited_s = time.monotonic(), self._data.waited_s
-        stop = self.beat(self.step, "step")
-        spec = self.spec.training
-        stats_S2 = torch.zeros(spec.num_shards + 1, 2, dtype=torch.float64, device=self._device)
-        stats_S2[-1, 0] = float(stop)
-        gradient = reduce_gradients(lambda shard: self._compute(shard, stats_S2), spec.num_shards, self._buffers, self.group)
-        stats_S2[-1, 1] = self._data.waited_s - waited_s
-        self.group.all_reduce(stats_S2)
-        stats = stats_S2.cpu()
-        total, num_targets = stats[:-1].cumsum(0)[-1].tolist()
+        spec, wishes = self.spec.training, self.watch.wishes()
+        stats_S3 = torch.zeros(spec.num_shards + 1, 3, dtype=torch.float64, device=self.device)
+        gradient = reduce_gradients(lambda shard: self._compute(shard, stats_S3), spec.num_shards, buffers, group, self.watch.tick)
+        stats_S3[-1] = torch.tensor([wishes.stop, wishes.change, self._data.waited_s - waited_s], dtype=torch.float64)
+        group.all_reduce(stats_S3)
+        stats = stats_S3.cpu()
+        total, num_targets, _ = stats[:-1].cumsum(0)[-1].tolist()
         loss = total / num_targets if num_targets else math.nan
         # Without the padding, whose length depends on the number of workers: a sum's bits depend on its length.
-        norm = clip(gradient.div_(num_targets)[: self._buffers.num_elements], spec.optimizer.clip_norm)
+        norm = clip(gradient.div_(num_targets)[: buffers.num_elements], spec.optimizer.clip_norm)
         self._check_finite(loss, norm, stats[:-1, 0])
         rate = learning_rate(self.step, spec.steps, spec.optimizer)
-        set_learning_rate(self._optimizer, rate)
-        self._buffers.point(gradient)
-        self._optimizer.step()
-        self._buffers.give_back(gradient)
-        self.step += 1
-        self.history.losses.append(loss)
-        self.history.gradient_norms.append(norm)
+        buffers.point(gradient)
+        self.watch.tick("step")
+        self.watch.check()
+        self._apply(loss, norm, rate, stats[:-1, 2])
+        buffers.give_back(gradient)
         elapsed_s = time.monotonic() - started
         values = {
             "loss": loss,
             "gradient_norm": norm,
             "learning_rate": rate,
             "step_time_s": elapsed_s,
-            "data_wait_s": float(stats[-1, 1]) / self.group.size,
+            "data_wait_s": float(stats[-1, 2]) / group.size,
             "targets_per_s": num_targets / elapsed_s,
         }
-        self._record(values)
-        return bool(stats[-1, 0] > 0)
+        self._record(values, group)
+        return Wishes(stop=bool(stats[-1, 0] > 0), change=bool(stats[-1, 1] > 0))
 
-    def _compute(self, shard: int, stats_S2: torch.Tensor) -> None:
-        """Add the gradient of one shard's summed loss to the parameters' `.grad`, and note the sum and its targets."""
+    def _apply(self, loss: float, norm: float, rate: float, digests_S: torch.Tensor) -> None:
+        self._is_now_torn()
+        set_learning_rate(self._optimizer, rate)
+        self._optimizer.step()
+        self.step += 1
+        self.history.losses.append(loss)
+        self.history.gradient_norms.append(norm)
+        self.record.note(self.step, [int(digest) for digest in digests_S.tolist()], self.watch.committed_step())
+        self._is_now_whole()
+
+    def _compute(self, shard: int, stats_S3: torch.Tensor) -> None:
+        """Add the gradient of one shard's summed loss to the parameters' `.grad`; note the sum, its targets, and what was read."""
         training = self.spec.training
+        self.watch.tick("step")
+        self.watch.check()
         torch.manual_seed(derived_seed(self.spec.seed, self.step, shard))
-        for batch in cut_batches(self._data.take(self.step, shard), training.micro_batch_size, self._device):
-            with precision(self.dtype, self._device):
+        samples, digest = self._data.take(self.step, shard)
+        stats_S3[shard, 2] = digest
+        for batch in cut_batches(samples, training.micro_batch_size, self.device):
+            with precision(self.dtype, self.device):
                 loss = loss_sum(self.model, batch)
             loss.backward()  # type: ignore[no-untyped-call]
-            stats_S2[shard, 0] += loss.detach().double()
-            stats_S2[shard, 1] += batch.targets_NT.sum()
+            stats_S3[shard, 0] += loss.detach().double()
+            stats_S3[shard, 1] += batch.targets_NT.sum()
 
-    def _read(self, step: int, shard: int) -> Samples:
-        return self.train.read(shard_samples(step, shard, self.spec.training, self.spec.seed, self.train.layout))
+    def _read(self, step: int, shard: int) -> tuple[Samples, int]:
+        numbers = shard_samples(step, shard, self.spec.training, self.spec.seed, self.train.layout)
+        return self.train.read(numbers), samples_digest(numbers)
 
     def _check_finite(self, loss: float, norm: float, sums_S: torch.Tensor) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -158,28 +219,39 @@ class StepLoop:
             "Lower the learning rate or look at these samples."
         )
 
-    def _evaluate(self) -> None:
-        self.beat(self.step, "evaluate")
+    # --- Step boundaries ----------------------------------------------------------------------------------------------
+
+    def _is_evaluation_due(self) -> bool:
+        training, evaluations = self.spec.training, self.history.evaluations
+        is_due = self.step % training.evaluate_every_steps == 0 or self.step == training.steps
+        return is_due and (not evaluations or evaluations[-1][0] < self.step)
+
+    def _evaluate(self, group: Group) -> None:
         spec = self.spec.training
-        loss = evaluate(self.model, self.held_out, spec.evaluate_num_samples, spec.micro_batch_size, self.dtype, self.group)
+        self.watch.tick("evaluate")
+        loss = evaluate(self.model, self.held_out, spec.evaluate_num_samples, spec.micro_batch_size, self.dtype, group, self.watch.tick)
         if not math.isfinite(loss):
             raise NonFiniteError(
                 f"Run {self.spec.run} stopped: its held-out loss after step {self.step} is {loss}. Lower the learning rate."
             )
         self.history.evaluations.append((self.step, loss))
-        self._record({"held_out_loss": loss})
+        self._record({"held_out_loss": loss}, group)
 
-    def _commit(self) -> None:
-        if self.step == self._committed_step:
+    def _commit_if_due(self, group: Group, is_stopping: bool) -> None:
+        is_due = self.step % self.spec.checkpoint.every_steps == 0 or self.step == self.spec.training.steps or is_stopping
+        if not is_due or self.step <= self.watch.committed_step() or group.rank:
             return
-        self.beat(self.step, "commit")
-        if self.group.rank == 0:
-            self.commit(self.step, self.state())
-            self.sink.flush()
-        self._committed_step = self.step
+        self.watch.tick("commit")
+        self.watch.check()
+        self.commit(self.step, self.state(), self.record)
+        self.sink.flush()
 
-    def _record(self, values: dict[str, float]) -> None:
-        if self.group.rank == 0:
+    def _meet(self, group: Group) -> None:
+        self.watch.tick("exchange")
+        group.all_reduce(torch.zeros(1, device=self.device))
+
+    def _record(self, values: dict[str, float], group: Group) -> None:
+        if group.rank == 0:
             self.sink.record(self.step, values)
 
 

@@ -13,9 +13,10 @@ Several threads read, because a store answers after a while and many at a time. 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import Generic, TypeVar
 
-from tidepool.data import Samples
-
+_ValueT = TypeVar("_ValueT")
 Key = tuple[int, int]
 """A step and a shard, both counted from 0."""
 
@@ -24,26 +25,32 @@ _MAX_STEPS = 64
 _MAX_BYTES = 64 * 2**20
 
 
-class Prefetch:
+class Prefetch(Generic[_ValueT]):
     """Reads shards with `read`, of `shard_bytes` each, as far ahead of the steps as the bounds allow."""
 
-    def __init__(self, read: Callable[[int, int], Samples], shard_bytes: int, max_bytes: int = _MAX_BYTES) -> None:
+    def __init__(self, read: Callable[[int, int], _ValueT], shard_bytes: int, max_bytes: int = _MAX_BYTES) -> None:
         self._read, self._max_shards = read, max_bytes // shard_bytes
         self._readers: ThreadPoolExecutor | None = None
-        self._ahead: dict[Key, Future[Samples]] = {}
+        self._ahead: dict[Key, Future[_ValueT]] = {}
         self._left: Iterator[Key] = iter(())
         self.waited_s = 0.0
         """How long `take` has waited for data, all in all."""
 
     def plan(self, steps: range, shards: Sequence[int]) -> None:
-        """Begin to read these shards of these steps, in the order in which they will be asked for; replaces an earlier plan."""
-        self.close()
-        self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="prefetch")
-        self._left = ((step, shard) for step in steps for shard in shards)
-        for _ in range(max(len(shards), min(self._max_shards, _MAX_STEPS * len(shards)))):
-            self._read_next()
+        """Begin to read these shards of these steps, in the order in which they will be asked for; replaces an earlier plan.
 
-    def take(self, step: int, shard: int) -> Samples:
+        What was read for that one and is wanted still is kept; reads under way that are not are left to end by themselves.
+        """
+        if self._readers is None:
+            self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="prefetch")
+        wanted, kept = ((step, shard) for step in steps for shard in shards), dict[Key, Future[_ValueT]]()
+        for key in islice(wanted, max(len(shards), min(self._max_shards, _MAX_STEPS * len(shards)))):
+            kept[key] = self._ahead.pop(key) if key in self._ahead else self._readers.submit(self._read, *key)
+        for reading in self._ahead.values():
+            reading.cancel()
+        self._ahead, self._left = kept, wanted
+
+    def take(self, step: int, shard: int) -> _ValueT:
         """The samples of a shard of a step. One that was not planned, or that was taken before, is read now. Raises what `read` raises."""
         started = time.monotonic()
         reading = self._ahead.pop((step, shard), None)

@@ -1,4 +1,4 @@
-"""The shell of a worker on Ray Train: what `TorchTrainer` calls in each process of the worker group."""
+"""The shell of a worker on Ray Train: what `TorchTrainer` calls in each process of a replica group."""
 
 import os
 from collections.abc import Mapping
@@ -7,13 +7,16 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from ray._raylet import setproctitle  # type: ignore[attr-defined]
 from ray.actor import ActorHandle
 from ray.util.metrics import Gauge
 
 import tidepool
 from tidepool.telemetry import configure_logging
-from tidepool.training.coordinator import Heartbeat
-from tidepool.training.group import Group, LocalGroup, ProcessGroup
+from tidepool.training.member import Member
+from tidepool.training.membership import Directive, Process, Report, WorkerId
+from tidepool.training.process_group import MeetingPoint
+from tidepool.training.quorum import Rules
 from tidepool.training.versions import check_versions, installed_versions
 from tidepool.training.worker import Task, run_task
 
@@ -26,18 +29,60 @@ def coordinator_name(run: str) -> str:
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
-    """`config` has the `task` and the driver's `versions`. Reports the outcome to the run's coordinator."""
+    """`config` has the `task`, the number of the replica `group`, and the driver's `versions`. Tells the coordinator the outcome."""
     configure_logging()
-    node = f"{ray.util.get_node_ip_address()} ({ray.get_runtime_context().get_node_id()})"
-    check_versions(config["versions"], installed_versions(), node)
+    node_ip, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
+    check_versions(config["versions"], installed_versions(), f"{node_ip} ({node_id})")
     task: Task = config["task"]
-    coordinator = ray.get_actor(coordinator_name(task.spec.run), NAMESPACE)
-    context = ray.train.get_context()
-    group: Group = ProcessGroup() if context.get_world_size() > 1 else LocalGroup()
-    beat = _Beat(coordinator, task.incarnation.number, group.rank)
-    outcome = run_task(task, group, ray.train.torch.get_device(), [RaySink(task.spec.run)], beat)
-    if group.rank == 0:
-        ray.get(coordinator.set_outcome.remote(outcome))
+    context, device, rules = ray.train.get_context(), ray.train.torch.get_device(), Rules()
+    line = _Line(task.spec.run, rules.lease_s)
+    meeting_point = MeetingPoint(node_ip)
+    hello = Report(
+        worker=WorkerId(config["group"], context.get_world_rank()),
+        sequence=0,
+        group_size=context.get_world_size(),
+        address=meeting_point.address,
+        session=task.session,
+        process=Process(os.getpid(), node_id, node_ip, tidepool.__path__[0]),
+    )
+    with Member(hello, meeting_point, device, line.report, rules) as member:
+        outcome = run_task(task, member, device, [RaySink(task.spec.run)], line.account)
+        if outcome is not None and (outcome.result is not None or not outcome.finished):
+            ray.get(line.coordinator().set_outcome.remote(outcome))
+
+
+class _Line:
+    """The line to the run's coordinator, which may be replaced by another one under the same name."""
+
+    def __init__(self, run: str, timeout_s: float) -> None:
+        self._run, self._timeout_s = run, timeout_s
+        self._actor: ActorHandle | None = None
+
+    def coordinator(self) -> ActorHandle:
+        """The actor; raises `ValueError` while there is none."""
+        if self._actor is None:
+            self._actor = ray.get_actor(coordinator_name(self._run), NAMESPACE)
+        return self._actor
+
+    def report(self, report: Report) -> Directive:
+        """Hand a report in. Raises `OSError` if nobody answers in time."""
+        worker = report.worker
+        setproctitle(f"ray::tidepool run {self._run} group {worker.group} rank {worker.rank} step {report.step or 0} {report.phase}")
+        try:
+            directive: Directive = ray.get(self.coordinator().report.remote(report), timeout=self._timeout_s)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ValueError) as error:
+            self._actor = None
+            raise ConnectionError(str(error).partition("\n")[0]) from error
+        return directive
+
+    def account(self) -> dict[str, Any]:
+        """Where the run's time went so far; nothing if the coordinator is being replaced."""
+        try:
+            account: dict[str, Any] = ray.get(self.coordinator().account.remote(), timeout=self._timeout_s)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, ValueError):
+            self._actor = None
+            return {}
+        return account
 
 
 class RaySink:
@@ -55,20 +100,3 @@ class RaySink:
 
     def flush(self) -> None:
         """Nothing to do: Ray's agents export the gauges."""
-
-
-class _Beat:
-    """Sends heartbeats without waiting for them: the wish to stop comes with the answer to an earlier one."""
-
-    def __init__(self, coordinator: ActorHandle, incarnation: int, rank: int) -> None:
-        self._coordinator, self._incarnation, self._rank = coordinator, incarnation, rank
-        self._node_id = ray.get_runtime_context().get_node_id()
-        self._unanswered: list[Any] = []
-        self._stopping = False
-
-    def __call__(self, step: int, phase: str) -> bool:
-        beat = Heartbeat(self._incarnation, self._rank, step, phase, os.getpid(), self._node_id, tidepool.__path__[0])
-        self._unanswered.append(self._coordinator.heartbeat.remote(beat))
-        answered, self._unanswered = ray.wait(self._unanswered, num_returns=len(self._unanswered), timeout=0)
-        self._stopping = self._stopping or any(ray.get(answered))
-        return self._stopping

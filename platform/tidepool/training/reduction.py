@@ -50,14 +50,21 @@ class GradientBuffers:
             start += parameter.numel()
 
 
-def reduce_gradients(compute: Callable[[int], None], num_shards: int, buffers: GradientBuffers, group: Group) -> Tensor:
+def reduce_gradients(
+    compute: Callable[[int], None],
+    num_shards: int,
+    buffers: GradientBuffers,
+    group: Group,
+    tick: Callable[[str], None] = lambda _: None,
+) -> Tensor:
     """The sum of all shards' gradients, (num_elements and padding,), the same bits on every worker; the caller gives the buffer back.
 
     `compute(shard)` adds the gradient of one shard to the parameters' `.grad`. It is called for the shards of this
-    worker, in ascending order.
+    worker, in ascending order; `tick(phase)` is told when the exchange begins.
     """
     own = cover(owned_shards(group.rank, group.size, num_shards), num_shards)
     sums = [_sum_of(node, compute, buffers) for node in own]
+    tick("exchange")
     if group.size == 1:
         return sums[0]
     covers = [cover(owned_shards(rank, group.size, num_shards), num_shards) for rank in range(group.size)]

@@ -1,9 +1,9 @@
-"""Whether a run whose workers failed is started again. Pure: from the failures so far to a decision.
+"""Whether a run goes on after replica groups failed. Pure: from the failures so far to a decision.
 
 - An error that says what a person must do ends the run at once with that error: starting again would only repeat it.
 - A damaged checkpoint does not: the next incarnation falls back to the commit before.
 - The same exception at the same step, twice in a row, is a bug and not bad luck: it ends the run with its traceback.
-- Anything else (a dead process, a lost node) is met by a restart, up to a number without a new commit in between. Where Ray
+- Anything else (a dead process, a lost node) is met by another group, up to a number without a new step in between. Where Ray
   tells that a process was killed for its memory, or may have been, so does the message.
 """
 
@@ -20,10 +20,10 @@ _KILLED_BY_KERNEL = "killed by the OOM killer"
 
 @dataclass(frozen=True)
 class Failure:
-    """How one incarnation ended: started from `base_step`, reached `step`, and was ended by `error` with `detail` (a traceback)."""
+    """How a replica group ended: it held the state after `step` steps in quorum `attempt`; `detail` is a traceback."""
 
-    base_step: int
     step: int
+    attempt: str
     error: Exception
     detail: str
 
@@ -51,12 +51,13 @@ def give_up(failures: Sequence[Failure], max_restarts: int) -> TidepoolError | N
     last = failures[-1]
     if isinstance(last.error, TidepoolError) and not isinstance(last.error, CorruptCheckpointError):
         return last.error
-    if len(failures) > 1 and _same(last, failures[-2]) and not last.hint:
+    since_step = list(takewhile(lambda failure: failure.step == last.step, reversed(failures)))
+    if not last.hint and any(_same(last, earlier) for earlier in since_step[1:]):
         return RunError(f"The workers failed twice in the same way at step {last.step + 1}; this is a bug, not bad luck:\n{last.detail}")
-    since_commit = list(takewhile(lambda failure: failure.base_step == last.base_step, reversed(failures)))
-    if len(since_commit) > max_restarts:
+    num_attempts = len({failure.attempt for failure in since_step})
+    if num_attempts > max_restarts:
         return WorkerLostError(
-            f"Workers failed {len(since_commit)} times after the checkpoint of step {last.base_step}, the last time with: {last.summary}. "
+            f"Workers failed {num_attempts} times after step {last.step}, the last time with: {last.summary}. "
             f"{last.hint}What was committed is safe. Look at the nodes (the Ray dashboard shows why workers died), then submit the run "
             "again."
         )
@@ -64,4 +65,6 @@ def give_up(failures: Sequence[Failure], max_restarts: int) -> TidepoolError | N
 
 
 def _same(one: Failure, other: Failure) -> bool:
-    return one.step == other.step and type(one.error) is type(other.error) and str(one.error) == str(other.error)
+    """The same exception at the same step, and not of two groups that tried it together."""
+    is_same_error = type(one.error) is type(other.error) and str(one.error) == str(other.error)
+    return one.step == other.step and one.attempt != other.attempt and is_same_error

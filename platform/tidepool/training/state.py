@@ -30,6 +30,16 @@ class History:
     gradient_norms: list[float] = field(default_factory=list)
     evaluations: list[tuple[int, float]] = field(default_factory=list)
 
+    def to_numbers(self) -> dict[str, list[float]]:
+        """Everything as lists of float64, by name."""
+        return {name: tensor.to(torch.float64).tolist() for name, tensor in self.to_tensors().items()}
+
+    @classmethod
+    def from_numbers(cls, numbers: Mapping[str, list[float]]) -> "History":
+        steps = [int(step) for step in numbers["evaluation_step"]]
+        pairs = list(zip(steps, numbers["evaluation_loss"], strict=True))
+        return cls(list(numbers["loss"]), list(numbers["gradient_norm"]), pairs)
+
     def to_tensors(self) -> Tensors:
         steps = [step for step, _ in self.evaluations]
         losses = [loss for _, loss in self.evaluations]
@@ -49,6 +59,17 @@ class History:
 def trained_parameters(model: PreTrainedModel) -> dict[str, Parameter]:
     """The parameters that training changes, by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def prepare_moments(parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Give the optimizer the state that AdamW would make before its first step, so that there is one at every step."""
+    for parameter in parameters.values():
+        step_device = parameter.device if optimizer.defaults["fused"] else torch.device("cpu")
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=step_device),
+            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        }
 
 
 def capture(parameters: Mapping[str, Parameter], optimizer: torch.optim.Optimizer, history: History) -> dict[str, Tensors]:

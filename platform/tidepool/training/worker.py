@@ -1,13 +1,15 @@
-"""One worker's part of a run, from its task to its result: builds the parts, restores, trains, publishes. Knows no Ray.
+"""One worker's part of a run, from its task to its result: loads, joins quorums, takes the state, trains, publishes. Knows no Ray.
 
     runs/<run>/spec.json       what is being run (see `pins`)
     runs/<run>/result.json     put last: the run is finished when this exists
 
-Which worker it is, on which device, and who listens to its metrics are handed in.
+Everything is loaded before the worker waits for its first quorum, so that those who train do not wait for it. Which worker
+it is, on which device, how it meets its peers and who listens to its metrics are handed in.
 """
 
 import logging
 import tempfile
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +18,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tidepool.checkpoint import Checkpoints, Incarnation
+from tidepool.checkpoint import Checkpoints, Commit, Incarnation
 from tidepool.data import Dataset, DatasetInfo, fetch_tokenizer, find_dataset
-from tidepool.errors import ObjectExistsError, ObjectNotFoundError
+from tidepool.errors import ObjectExistsError, ObjectNotFoundError, SupersededError
 from tidepool.models import (
     ModelSource,
     add_lora,
@@ -37,50 +39,168 @@ from tidepool.scratch import ScratchFolder
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, get_json, local_disk, open_store, put_json
 from tidepool.telemetry import FanOut, LogSink, Sink, TensorBoardSink
-from tidepool.training.group import Group
-from tidepool.training.loop import Beat, StepLoop
+from tidepool.training.group import QuorumLost
+from tidepool.training.loop import Ending, StepLoop
+from tidepool.training.member import Membership
+from tidepool.training.membership import Quorum
 from tidepool.training.memory import Demand, advise, loading_advice, model_size, told_of_memory
 from tidepool.training.numerics import fingerprint, prepare_process, resolve_dtype
 from tidepool.training.outcome import Outcome
 from tidepool.training.pins import Pins, base_source, check_worker, write_document
+from tidepool.training.sample_record import SampleRecord
 from tidepool.training.state import Tensors, tensors_digest
 
 _logger = logging.getLogger(__name__)
 _CACHE_BYTES = 2**30
+Account = Callable[[], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker has to do: continue `spec` as `incarnation`, with its names meaning `pins`."""
+    """What a worker has to do: its part of `spec`, with its names meaning `pins`, for the driver that began with this incarnation."""
 
     spec: RunSpec
     pins: Pins
-    incarnation: Incarnation
+    session: int
 
 
-def run_task(task: Task, group: Group, device: torch.device, sinks: list[Sink], beat: Beat) -> Outcome:
-    """Do the work of one worker. Raises any of Tidepool's errors; a lost peer raises `RuntimeError`."""
+def run_task(task: Task, member: Membership, device: torch.device, sinks: list[Sink], account: Account = lambda: {}) -> Outcome | None:
+    """Do the work of one worker; None if it was released before the run ended. Raises any of Tidepool's errors.
+
+    `account` gives what is known of where the run's time went, for its result.
+    """
     spec, who = task.spec, f"A worker of run {task.spec.run}"
-    beat(0, "load")
+    member.tick("load")
     prepare_process(device, spec.workers.threads_per_worker)
     store = open_store(spec.store)
-    _settle(task, store, group, device)
-    tensorboard = TensorBoardSink(store.put_if_absent, f"runs/{spec.run}/tensorboard/", task.incarnation.number)
+    numerics = fingerprint(spec, device)
+    write_document(spec, task.pins, store, numerics)
+    check_worker(spec, task.pins, store, numerics)
+    writer = f"{task.session:08d}-{member.worker.group:06d}.{member.worker.rank:04d}"
+    tensorboard = TensorBoardSink(store.put_if_absent, f"runs/{spec.run}/tensorboard/", writer)
     # A run that fails flushes what it has measured on the way out: the last steps tell why.
     with (
         local_disk(Path(tempfile.gettempdir()), "set TMPDIR on the nodes to a folder on a larger disk"),
         ScratchFolder("worker") as folder,
         closing(tensorboard),
     ):
+        sink = FanOut([LogSink(), tensorboard, *sinks])
+        part = _Part(task, store, Path(folder), device, member, sink, account)
         with told_of_memory(who, device, lambda _: loading_advice(spec)):
-            parts = _build_parts(task, store, Path(folder), device)
-        with told_of_memory(who, device, lambda capacity: _step_advice(spec, parts, capacity)):
-            loop = _build_loop(task, parts, store, group, FanOut([LogSink(), tensorboard, *sinks]), beat)
-            finished = loop.run()
-        if not finished:
-            return Outcome(False, loop.step, None)
-        result = _finish(task, parts, loop, store, Path(folder)) if group.rank == 0 else None
-    return Outcome(True, loop.step, result)
+            part.load()
+        with closing(part), told_of_memory(who, device, lambda capacity: _step_advice(spec, part.parts, capacity)):
+            return part.take_part()
+
+
+class _Part:
+    """A worker between its first quorum and its last."""
+
+    def __init__(
+        self, task: Task, store: ObjectStore, folder: Path, device: torch.device, member: Membership, sink: Sink, account: Account
+    ) -> None:
+        self._task, self._store, self._folder, self._device = task, store, folder, device
+        self._member, self._sink, self._account = member, sink, account
+        self._checkpoints: Checkpoints | None = None
+        self._incarnation = self._num_loads = 0
+
+    def load(self) -> None:
+        """Build everything that a step needs; the state is the initial one."""
+        self._num_loads += 1
+        folder = self._folder / f"load-{self._num_loads}"
+        folder.mkdir()
+        self.parts = _build_parts(self._task, self._store, folder, self._device)
+        self._loop = self._build_loop()
+
+    def close(self) -> None:
+        """End the threads that read ahead."""
+        self._loop.close()
+
+    def take_part(self) -> Outcome | None:
+        """Take steps in one quorum after the other, until the run ends or this worker is released."""
+        while (quorum := self._member.wait_for_quorum()) is not None:
+            try:
+                outcome = self._take_steps(quorum)
+            except QuorumLost as lost:
+                _logger.info("worker %s leaves quorum %s at step %d: %s", self._member.worker, quorum.number, self._loop.step, lost)
+                self._member.note_lost(str(lost))
+                continue
+            if outcome is not None:
+                return outcome
+        return None
+
+    def _take_steps(self, quorum: Quorum) -> Outcome | None:
+        base = Commit.parse(quorum.base) if quorum.base else None
+        self._incarnation = quorum.incarnation
+        self._checkpoints = Checkpoints(self._store, self._task.spec.run, Incarnation(quorum.incarnation, base))
+        group = self._member.connect(quorum, quorum.workers, "steps")
+        self._take_state(quorum, base)
+        ending = self._loop.run(group)
+        if ending is Ending.CHANGE:
+            return None
+        if ending is Ending.STOPPED:
+            return Outcome(False, self._loop.step, None)
+        self._member.tick("finish")
+        result = self._finish() if group.rank == 0 else None
+        self._member.tick("exchange")
+        group.all_reduce(torch.zeros(1, device=self._device))  # whoever is left of the quorum finishes what rank 0 began
+        return Outcome(True, self._loop.step, result)
+
+    def _take_state(self, quorum: Quorum, base: Commit | None) -> None:
+        """Be where the quorum starts: by what is held, from a peer, from the store, or from the beginning."""
+        worker = self._member.worker
+        if quorum.from_base and base is None:
+            if not self._loop.is_initial:
+                self._loop.close()
+                self._member.tick("load")
+                self.load()
+            self._loop.begin()
+            return
+        assert quorum.source is not None
+        if quorum.from_base and worker == quorum.source:
+            assert base is not None
+            assert self._checkpoints is not None
+            self._member.tick("restore")
+            parts = {name: self._checkpoints.restore(base, name) for name in ("model", "optimizer", "history")}
+            self._loop.restore(base.step, parts)
+        sharing = sorted({quorum.source, *quorum.behind})
+        if worker in sharing and len(sharing) > 1:
+            self._member.tick("transfer")
+            group = self._member.connect(quorum, sharing, "state")
+            self._loop.share(sharing.index(quorum.source), group)
+        assert self._loop.is_whole
+        assert self._loop.step == quorum.step, (self._loop.step, quorum)
+
+    def _build_loop(self) -> StepLoop:
+        task, info = self._task, self.parts.info
+        cached = _num_row_groups_cached(info)
+        return StepLoop(
+            spec=task.spec,
+            model=self.parts.model,
+            train=Dataset(self._store, info, "train", cached),
+            held_out=Dataset(self._store, info, "held_out", cached),
+            dtype=resolve_dtype(task.spec.training.precision, self._device),
+            sink=self._sink,
+            watch=self._member,
+            commit=self._commit,
+        )
+
+    def _commit(self, step: int, state: dict[str, Tensors], record: SampleRecord) -> None:
+        task, checkpoints = self._task, self._checkpoints
+        assert checkpoints is not None
+        record.store(self._store, task.spec.run)
+        details = {"dataset": task.pins.dataset, "base": task.pins.base, "spec_digest": task.spec.digest, "account": dict(self._account())}
+        try:
+            made = checkpoints.save(step, state, details)
+            self._member.note_commit(self._incarnation, step)
+            checkpoints.retain(task.spec.checkpoint.keep)
+        except SupersededError:
+            self._member.check_anew()  # a worker that was put out of its quorum waits for the next; any other is told of another driver
+            raise
+        _logger.info("committed step %d of run %s as %s", step, task.spec.run, made.name)
+
+    def _finish(self) -> dict[str, Any]:
+        with ScratchFolder("export") as folder:
+            return _finish(self._task, self.parts, self._loop, self._store, Path(folder) / "export", self._account())
 
 
 def _step_advice(spec: RunSpec, parts: "_Parts", capacity_bytes: int) -> str:
@@ -89,15 +209,6 @@ def _step_advice(spec: RunSpec, parts: "_Parts", capacity_bytes: int) -> str:
     demand = Demand(training.micro_batch_size, training.gradient_checkpointing, parts.info.sequence_length)
     advice = advise(model_size(parts.model, dtype), demand, training, capacity_bytes)
     return f"{advice}. What decides the result needs another `run` name to be changed; what was committed under this one is safe"
-
-
-def _settle(task: Task, store: ObjectStore, group: Group, device: torch.device) -> None:
-    """Make sure that the run has its document and that this worker fits it."""
-    numerics = fingerprint(task.spec, device)
-    if group.rank == 0:
-        write_document(task.spec, task.pins, store, numerics)
-    group.all_reduce(torch.zeros(1, device=device))
-    check_worker(task.spec, task.pins, store, numerics)
 
 
 @dataclass(frozen=True)
@@ -129,32 +240,6 @@ def _build_parts(task: Task, store: ObjectStore, folder: Path, device: torch.dev
     return _Parts(info, tokenizer, base, model.to(device))
 
 
-def _build_loop(task: Task, parts: _Parts, store: ObjectStore, group: Group, sink: Sink, beat: Beat) -> StepLoop:
-    spec = task.spec
-    checkpoints = Checkpoints(store, spec.run, task.incarnation)
-
-    def commit(step: int, state: dict[str, Tensors]) -> None:
-        made = checkpoints.save(step, state, {"dataset": task.pins.dataset, "base": task.pins.base, "spec_digest": spec.digest})
-        checkpoints.retain(spec.checkpoint.keep)
-        _logger.info("committed step %d of run %s as %s", step, spec.run, made.name)
-
-    cached = _num_row_groups_cached(parts.info)
-    loop = StepLoop(
-        spec=spec,
-        model=parts.model,
-        train=Dataset(store, parts.info, "train", cached),
-        held_out=Dataset(store, parts.info, "held_out", cached),
-        group=group,
-        dtype=resolve_dtype(spec.training.precision, next(parts.model.parameters()).device),
-        sink=sink,
-        beat=beat,
-        commit=commit,
-    )
-    if (base := task.incarnation.base) is not None:
-        loop.restore(base.step, {name: checkpoints.restore(base, name) for name in ("model", "optimizer", "history")})
-    return loop
-
-
 def _num_row_groups_cached(info: DatasetInfo) -> int:
     """Two windows of the global order, so that the next one can be read ahead while this one is in use; fewer if they are large."""
     window = info.layout("train").window
@@ -168,14 +253,14 @@ def _num_row_groups_cached(info: DatasetInfo) -> int:
     return max(1, min(2 * window, fitting))
 
 
-def _finish(task: Task, parts: _Parts, loop: StepLoop, store: ObjectStore, folder: Path) -> dict[str, Any]:
+def _finish(task: Task, parts: _Parts, loop: StepLoop, store: ObjectStore, folder: Path, account: Mapping[str, Any]) -> dict[str, Any]:
     spec, state = task.spec, loop.state()
-    version = _publish(task, parts, loop, store, folder / "export") if spec.publish else None
+    version = _publish(task, parts, loop, store, folder) if spec.publish else None
     evaluations = loop.history.evaluations
     result = {
         "run": spec.run,
         "steps": loop.step,
-        "num_samples": loop.step * spec.training.global_batch_size,
+        "samples": loop.step * spec.training.global_batch_size,
         "first_loss": loop.history.losses[0],
         "last_loss": loop.history.losses[-1],
         "held_out_loss_before": evaluations[0][1],
@@ -184,6 +269,7 @@ def _finish(task: Task, parts: _Parts, loop: StepLoop, store: ObjectStore, folde
         "optimizer_sha256": tensors_digest(state["optimizer"]),
         "history_sha256": tensors_digest(state["history"]),
         "published": version.ref if version else None,
+        **account,
     }
     try:
         put_json(store, _result_key(spec.run), result)

@@ -1,0 +1,179 @@
+"""The replica groups of a run on a Ray cluster: started, ended, counted. A shell around Ray Train's public API.
+
+Each is one `TorchTrainer.fit()` of fixed size inside a launcher actor of its own (0 CPUs): a `fit()` has no public way to be
+cancelled, but a launcher can be ended, and takes its workers and its placement group with it.
+"""
+
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from tidepool.errors import TidepoolError
+from tidepool.scratch import ScratchFolder
+from tidepool.specs import WorkersSpec
+from tidepool.telemetry import configure_logging
+from tidepool.training.coordinator import Condemned
+from tidepool.training.versions import installed_versions
+from tidepool.training.worker import Task
+
+WorkerFunction = Callable[[Mapping[str, Any]], None]
+"""What runs in each process of a replica group: its `task`, the number of its `group`, the driver's `versions`."""
+
+
+class Launcher:
+    """Holds one `fit()`; made an actor of its own for each replica group. `versions` are those of the driver."""
+
+    def __init__(self, versions: Mapping[str, str]) -> None:
+        self._versions = versions
+
+    def fit(self, worker: WorkerFunction, task: Task, group: int) -> tuple[Exception, str] | None:
+        """Run one replica group to its end; returns its error with a traceback, None if it ended well."""
+        configure_logging()
+        with ScratchFolder("train") as folder:
+            trainer = TorchTrainer(
+                worker,
+                train_loop_config={"task": task, "group": group, "versions": self._versions},
+                scaling_config=_scaling(task.spec.workers),
+                # Ray's own process group joins the workers of one replica group; a run's steps go through groups of its quorums.
+                torch_config=TorchConfig(backend="gloo"),
+                run_config=RunConfig(
+                    name=f"{task.spec.run}-{task.session}-{group}", storage_path=folder, failure_config=FailureConfig(max_failures=0)
+                ),
+            )
+            try:
+                trainer.fit()
+            except TrainingFailedError as error:
+                return _cause(error)
+        return None
+
+
+@dataclass
+class ReplicaGroup:
+    """One that was started and has not ended."""
+
+    number: int
+    launcher: ActorHandle
+    fit: "ray.ObjectRef[Any]"
+    started_at: float
+    is_leaving: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A group that is no more, and the error of its workers with a traceback, if that is why."""
+
+    number: int
+    error: Exception | None
+    detail: str
+
+
+class ReplicaGroups:
+    """Those of one driver's life. Numbers are never used again."""
+
+    def __init__(self, worker: WorkerFunction, task: Task) -> None:
+        self._worker, self._task = worker, task
+        self._num_started = 0
+        self.running: dict[int, ReplicaGroup] = {}
+
+    def start(self) -> ReplicaGroup:
+        """Start another group: it pends until there is room for it."""
+        self._num_started += 1
+        launcher = ray.remote(num_cpus=0)(Launcher).remote(installed_versions())
+        fit = launcher.fit.remote(self._worker, self._task, self._num_started)
+        group = ReplicaGroup(self._num_started, launcher, fit, time.monotonic())
+        self.running[group.number] = group
+        return group
+
+    def end(self, number: int) -> None:
+        """End a group: its launcher, and with it the workers and the placement group, whether they run or pend."""
+        ray.kill(self.running.pop(number).launcher)
+
+    def wait(self, timeout_s: float) -> list[Ended]:
+        """The groups that ended since the last call; waits for one to end."""
+        if not self.running:
+            time.sleep(timeout_s)
+            return []
+        by_fit = {group.fit: group for group in self.running.values()}
+        ready, _ = ray.wait(list(by_fit), num_returns=1, timeout=timeout_s)
+        return [self._ended(by_fit[fit]) for fit in ready]
+
+    def _ended(self, group: ReplicaGroup) -> Ended:
+        try:
+            failed = ray.get(group.fit)
+        except ray.exceptions.RayActorError as error:
+            failed = RuntimeError(f"the launcher of group {group.number} died"), str(error)
+        self.end(group.number)
+        return Ended(group.number, failed[0] if failed else None, failed[1] if failed else "")
+
+    def room(self, heard: frozenset[int]) -> int:
+        """How many more groups would find a place now; those that have been started and not heard of yet are counted as placed."""
+        free, workers = ray.available_resources(), self._task.spec.workers
+        fitting = min(int(free.get(name, 0) // (each * workers.num_workers)) for name, each in _resources(workers).items())
+        return max(0, fitting - sum(number not in heard for number in self.running))
+
+
+def end_process(condemned: Condemned) -> None:
+    """Kill a worker's process where it runs; what has another program by now is left alone."""
+    strategy = NodeAffinitySchedulingStrategy(condemned.node_id, soft=False)
+    ray.remote(num_cpus=0, max_retries=0)(_kill_worker).options(scheduling_strategy=strategy).remote(condemned.pid)
+
+
+def _kill_worker(pid: int) -> None:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return  # it is gone
+    if command.startswith(b"ray::"):
+        os.kill(pid, signal.SIGKILL)
+
+
+def _resources(workers: WorkersSpec) -> dict[str, float]:
+    return {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
+
+
+def _scaling(workers: WorkersSpec) -> ScalingConfig:
+    resources, use_gpu = _resources(workers), bool(workers.gpus_per_worker)
+    return ScalingConfig(num_workers=workers.num_workers, use_gpu=use_gpu, resources_per_worker=resources)
+
+
+def waiting_for(workers: WorkersSpec, num_groups: int) -> list[str]:
+    """What so many groups need and the cluster does not have free, as lines for a person."""
+    free, whole, num_workers = ray.available_resources(), ray.cluster_resources(), workers.num_workers * num_groups
+    return [
+        f"{each * num_workers:g} {name} ({num_workers} workers, {each:g} each); free in the cluster now: {free.get(name, 0):g} of "
+        f"{whole.get(name, 0):g}"
+        for name, each in _resources(workers).items()
+        if free.get(name, 0) < each * num_workers
+    ]
+
+
+def _cause(error: TrainingFailedError) -> tuple[Exception, str]:
+    """What made a worker group fail: an error of ours if any worker has one, else the first worker's."""
+    causes = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else [error]
+    own = next((ours for cause in causes if (ours := _own_error(cause)) is not None), None)
+    detail = "".join(traceback.format_exception(causes[0]))
+    # Other exceptions may not survive pickling on the way to the driver: their type's name and text do.
+    return own or RuntimeError(f"{type(causes[0]).__name__}: {causes[0]}"), detail
+
+
+def _own_error(error: BaseException | None) -> TidepoolError | None:
+    """The error of ours that Ray's wrappers hold, if any."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, TidepoolError):
+            return error
+        seen.add(id(error))
+        error = getattr(error, "_base_exc", None) or getattr(error, "cause", None) or error.__cause__
+    return None

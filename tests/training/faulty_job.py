@@ -1,0 +1,95 @@
+"""`jobs/train.py` whose workers fail where a test wants it: `faulty_job.py SPEC FAULTS`.
+
+FAULTS is a JSON list of objects: in replica group `group` (any, if it is left out), when `function` ("module:Class.method") is
+called while the worker holds `step` or a later one, `do` kill (SIGKILL), stop (SIGSTOP), raise, or hang (for ever, in the main
+thread alone). `once` is a file that is made by the process that does it, so that no other does it again; without it all do.
+"""
+
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
+
+from tidepool.errors import TidepoolError
+from tidepool.specs import RunSpec, load_spec
+from tidepool.telemetry import configure_logging
+from tidepool.training.driver import train
+
+
+def faulty_worker(config: Mapping[str, Any]) -> None:
+    """The worker of a replica group, with the `faults` of its configuration built in."""
+    from tidepool.training.member import Member
+    from tidepool.training.ray_worker import train_worker
+
+    held = {"step": 0}
+    holds = Member.holds
+
+    def note(self: Member, step: int | None, digest: str) -> None:
+        held["step"] = held["step"] if step is None else step
+        holds(self, step, digest)
+
+    Member.holds = note  # type: ignore[method-assign]
+    for fault in config["faults"]:
+        if fault.get("group", config["group"]) == config["group"]:
+            _build_in(fault, held)
+    train_worker(config)
+
+
+def _build_in(fault: dict[str, Any], held: dict[str, int]) -> None:
+    module_name, _, path = fault["function"].partition(":")
+    owner_name, _, name = path.rpartition(".")
+    owner = importlib.import_module(module_name)
+    if owner_name:
+        owner = getattr(owner, owner_name)
+    original = getattr(owner, name)
+
+    @wraps(original)
+    def faulty(*args: Any, **kwargs: Any) -> Any:
+        if held["step"] >= fault.get("step", 0) and _is_first(fault):
+            print(f"fault: {fault['do']} at step {held['step']} in {path}", file=sys.stderr, flush=True)
+            match fault["do"]:
+                case "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                case "stop":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                case "hang":
+                    threading.Event().wait()
+                case "raise":
+                    raise ValueError(f"a fault of the test at step {held['step']}")
+        return original(*args, **kwargs)
+
+    setattr(owner, name, faulty)
+
+
+def _is_first(fault: dict[str, Any]) -> bool:
+    if fault.get("always"):
+        return True
+    try:
+        Path(fault["once"]).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    configure_logging()
+    spec, faults = load_spec(sys.argv[1], RunSpec), json.loads(sys.argv[2])
+
+    def worker(config: Mapping[str, Any]) -> None:
+        faulty_worker({**config, "faults": faults})
+
+    try:
+        outcome = train(spec, worker)
+    except TidepoolError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0 if outcome.finished else 143)
