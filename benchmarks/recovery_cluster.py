@@ -41,18 +41,21 @@ class Cluster:
     def __init__(self, store_url: str, head_cpus: int, variables: Mapping[str, str]) -> None:
         """`variables` are set for all processes of the cluster and its jobs."""
         self._environment = local_cluster.environment(store_url) | {"TIDEPOOL_LOG": "json", "GLOO_SOCKET_IFNAME": "lo", **variables}
-        for name in ("RAY_ADDRESS", "RAY_TRAIN_ENABLE_STATE_TRACKING"):  # of another cluster; of no use without a dashboard
-            self._environment.pop(name, None)
+        self._environment.pop("RAY_TRAIN_ENABLE_STATE_TRACKING")  # it needs a dashboard
         self._folders: list[Path] = []
         self.nodes: list[Node] = []
-        self._port = free_port()
-        self.address = f"127.0.0.1:{self._port}"
-        head = {"head": None, "port": self._port, "include-dashboard": "false", "ray-client-server-port": free_port()}
+        port = free_port()
+        self.address = f"127.0.0.1:{port}"
+        head = {"head": None, "port": port, "include-dashboard": "false", "ray-client-server-port": free_port()}
         self._start_node("127.0.0.1", head | {"num-cpus": head_cpus})
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a job of this cluster needs in its environment."""
+        """What a process of this cluster needs in its environment.
+
+        The address is for nodes, too: Ray Train's placement group cleaner, an actor, asks the state API of whichever cluster of
+        the machine is the newest otherwise, and takes the workers away when that one does not know their controller.
+        """
         return self._environment | {"RAY_ADDRESS": self.address}
 
     @property
@@ -96,7 +99,7 @@ class Cluster:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [*_RAY, "start", "--block", "--disable-usage-stats", *arguments],
-                env=self._environment | {"TMPDIR": str(folder)},
+                env=self.environment | {"TMPDIR": str(folder)},
                 cwd=folder,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -4,6 +4,7 @@ Both have the same two nodes: the head with room for two workers and one with ro
 """
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ NUM_WORKERS = 3
 CHECKPOINT_EVERY_STEPS = 5
 NOTICE_S = 10
 """What a node that leaves is given, on the side that hears of nodes."""
-_START_TIMEOUT_S = 180
+_START_TIMEOUT_S = 300
 MODEL = {
     "model_type": "llama",
     "hidden_size": 192,
@@ -183,7 +184,9 @@ class TidepoolSide:
         spec = self._work.write_spec(self._run, elastic={"min": 1, "max": NUM_WORKERS})
         self._job = _Job(self._work, self._run, ["jobs/train.py", str(spec)], {})
         self.timeline = self._job.timeline
+        handler = signal.getsignal(signal.SIGTERM)
         ray.init(self._job.cluster.address, namespace=NAMESPACE, logging_level="ERROR", log_to_driver=False)
+        signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process at once, and nothing that was started
         self._job.wait(lambda: len(self.workers()) == NUM_WORKERS and len(self.timeline.steps) > 0)
 
     def workers(self) -> list[Worker]:
