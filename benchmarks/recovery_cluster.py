@@ -41,6 +41,7 @@ class Cluster:
     def __init__(self, store_url: str, head_cpus: int, variables: Mapping[str, str]) -> None:
         """`variables` are set for all processes of the cluster and its jobs."""
         self._environment = local_cluster.environment(store_url) | {"TIDEPOOL_LOG": "json", "GLOO_SOCKET_IFNAME": "lo", **variables}
+        self._environment["RAY_raylet_start_wait_time_s"] = str(_START_TIMEOUT_S)
         self._environment.pop("RAY_TRAIN_ENABLE_STATE_TRACKING")  # it needs a dashboard
         self._folders: list[Path] = []
         self.nodes: list[Node] = []
