@@ -106,7 +106,9 @@ def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False, f
     command += [f"--{name}={value}" for name, value in (options if find_gpus else options | {"num-gpus": 0}).items()]
     log.parent.mkdir(parents=True, exist_ok=True)
     # What a killed worker leaves in its temporary folder goes with the cluster's.
-    variables = environment(store_url) | {"TMPDIR": temp_dir}
+    # The address: Ray Train's placement group cleaner asks the newest cluster of the machine otherwise, and takes the workers away
+    # when that one does not know their controller.
+    variables = environment(store_url) | {"TMPDIR": temp_dir, "RAY_ADDRESS": f"127.0.0.1:{port}"}
     with log.open("wb") as output:
         # A session of its own, so that Ctrl-C in the terminal reaches us and not Ray.
         process = subprocess.Popen(

@@ -2,7 +2,7 @@
 
 FAULTS is a JSON list of objects: in replica group `group` (any, if it is left out), when `function` ("module:Class.method") is
 called while the worker holds `step` or a later one, and `when` (Python over its `args`) is true, `do` kill (SIGKILL), stop
-(SIGSTOP), raise, hang (for ever, in the main thread alone), or wait (until the file `until` is there). `once` is a file that is
+(SIGSTOP), raise, hang (for ever, in the main thread alone), or wait (a `StepLoop`, until the file `until` is there). `once` is a file that is
 made by the process that does it, so that no other does it again; with `always`, all do.
 """
 
@@ -69,7 +69,8 @@ def _build_in(fault: dict[str, Any], held: dict[str, int]) -> None:
                     threading.Event().wait()
                 case "wait":
                     while not Path(fault["until"]).exists():
-                        time.sleep(0.01)
+                        args[0].watch.tick("step")  # it is not stuck
+                        time.sleep(0.05)
                 case "raise":
                     raise ValueError(f"a fault of the test at step {held['step']}")
         return original(*args, **kwargs)
