@@ -23,7 +23,8 @@ from tidepool.training.coordinator import Beginning, Coordinator
 from tidepool.training.ledger import Ledger
 from tidepool.training.live_status import Look, look
 from tidepool.training.membership import Process, Report, WorkerId
-from tidepool.training.quorum import Claimed, Rules
+from tidepool.training.quorum import Rules
+from tidepool.training.quorum_events import Claimed
 
 Captured = pytest.CaptureFixture[str]
 Ask = Callable[..., str]

@@ -2,8 +2,8 @@
 
 FAULTS is a JSON list of objects: in replica group `group` (any, if it is left out), when `function` ("module:Class.method") is
 called while the worker holds `step` or a later one, and `when` (Python over its `args`) is true, `do` kill (SIGKILL), stop
-(SIGSTOP), raise, hang (for ever, in the main thread alone), or wait (a `StepLoop`, until the file `until` is there). `once` is a file that is
-made by the process that does it, so that no other does it again; with `always`, all do.
+(SIGSTOP), raise, hang (for ever, in the main thread alone), or wait (a `StepLoop`, until there is the file `until`). `once` is a file
+that is made by the process that does it, so that no other does it again; with `always`, all do.
 """
 
 import importlib

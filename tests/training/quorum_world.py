@@ -18,7 +18,8 @@ from typing import Literal
 from tests.training.quorum_properties import Broken, Properties
 from tests.training.quorum_worker import Meeting, Process, State, Worker
 from tidepool.training.membership import Committed, Number, Quorum, Report, WorkerId
-from tidepool.training.quorum import (
+from tidepool.training.quorum import QuorumMachine, Rules
+from tidepool.training.quorum_events import (
     Claimed,
     ClaimNeeded,
     Decision,
@@ -29,11 +30,9 @@ from tidepool.training.quorum import (
     GroupEnded,
     Kill,
     Probe,
-    QuorumMachine,
     Refused,
     Release,
     Reported,
-    Rules,
     Tick,
 )
 

@@ -30,7 +30,8 @@ import pytest
 from tests.training.quorum_properties import Broken
 from tests.training.quorum_world import RULES, World, live
 from tidepool.training.membership import Committed, Directive, Number, Quorum, Report, WorkerId
-from tidepool.training.quorum import (
+from tidepool.training.quorum import QuorumMachine
+from tidepool.training.quorum_events import (
     Claimed,
     ClaimNeeded,
     Decision,
@@ -42,7 +43,6 @@ from tidepool.training.quorum import (
     Kill,
     Over,
     Probe,
-    QuorumMachine,
     Refused,
     Release,
     Reported,

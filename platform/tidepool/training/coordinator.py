@@ -17,7 +17,8 @@ from tidepool.telemetry.logs import configure_logging
 from tidepool.training.ledger import Ledger
 from tidepool.training.membership import Directive, Quorum, Report, WorkerId
 from tidepool.training.outcome import Outcome
-from tidepool.training.quorum import (
+from tidepool.training.quorum import QuorumMachine, Rules
+from tidepool.training.quorum_events import (
     Claimed,
     ClaimNeeded,
     DriverSeen,
@@ -28,11 +29,9 @@ from tidepool.training.quorum import (
     Kill,
     Over,
     Probe,
-    QuorumMachine,
     Refused,
     Release,
     Reported,
-    Rules,
     StopAsked,
     Tick,
 )

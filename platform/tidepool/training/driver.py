@@ -31,7 +31,8 @@ from tidepool.training.growth import num_to_start
 from tidepool.training.membership import NAMESPACE, coordinator_name
 from tidepool.training.outcome import Outcome
 from tidepool.training.pins import Pins, read_pins, resolve
-from tidepool.training.quorum import Claimed, Rules
+from tidepool.training.quorum import Rules
+from tidepool.training.quorum_events import Claimed
 from tidepool.training.ray_worker import train_worker
 from tidepool.training.replica_groups import Ended, ReplicaGroups, WorkerFunction, end_process, waiting_for
 from tidepool.training.restarts import Failure, give_up
