@@ -90,11 +90,12 @@ def gather(job: Job, num_workers: int = 3) -> Status:
 
     job.wait_for_status(lambda status: sum(map(has_loaded, status["workers"])) == num_workers)
     job.open_gate()
-    return job.wait_for_status(lambda status: status["is_stepping"] and num_ranked(status) == num_workers)
+    return job.wait_for_status(lambda status: status["is_stepping"] and num_past_the_gate(status) == num_workers)
 
 
-def num_ranked(status: Status) -> int:
-    return sum(worker["rank"] is not None for worker in status["workers"])
+def num_past_the_gate(status: Status) -> int:
+    """How many workers of the quorum hold a state that was computed after the gate had opened."""
+    return sum(worker["rank"] is not None and worker["step"] > GATE["step"] for worker in status["workers"])
 
 
 def without(*groups: int) -> Callable[[Status], bool]:
