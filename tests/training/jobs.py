@@ -35,6 +35,7 @@ class Job:
         path = folder / f"{spec.run}.yaml"
         path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
         command = [sys.executable, "jobs/train.py", str(path)]
+        self._faults = faults or []
         self._gate = folder / f"{spec.run}-gate"
         if faults is not None:
             for number, fault in enumerate(faults):
@@ -51,6 +52,10 @@ class Job:
     def open_gate(self) -> None:
         """Let those go on whose fault is to wait."""
         self._gate.touch()
+
+    def num_faults_done(self) -> int:
+        """How many of the faults that happen once have happened."""
+        return sum(Path(fault["once"]).exists() for fault in self._faults if not fault.get("always"))
 
     def wait(self) -> int:
         return self.process.wait(TIMEOUT_S)
