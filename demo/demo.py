@@ -254,7 +254,7 @@ class _Watch:
 
 
 def _follow(spec: RunSpec, job: "subprocess.Popen[bytes]", with_a_kill: bool) -> _Watch:
-    """Show the run's progress until its job ends; if asked to, kill a group once, after a third of the steps."""
+    """Show the run's progress until its job ends; if asked to, kill a group once, after a third of the steps and away from a commit."""
     deadline, shown, watch = time.monotonic() + _TIMEOUT_S, "", _Watch()
     while job.poll() is None:
         if time.monotonic() > deadline:
@@ -263,7 +263,7 @@ def _follow(spec: RunSpec, job: "subprocess.Popen[bytes]", with_a_kill: bool) ->
         if status is not None and status["workers"]:
             watch.note(status)
             shown = _show_progress(shown, f"  step {watch.step} of {spec.training.steps}, {len(status['groups'])} groups", watch.step)
-            if with_a_kill and watch.killed is None and watch.step >= spec.training.steps // 3 and len(status["groups"]) > 1:
+            if with_a_kill and watch.killed is None and watch.step >= spec.training.steps // 3 + 5 and len(status["groups"]) > 1:
                 watch.kill_newest_group(status)
         time.sleep(_POLL_S)
     return watch
