@@ -167,4 +167,5 @@ def test_a_node_with_other_software_is_named_and_a_spot_notice_drains_one(
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
         assert done.returncode == 0, done.stderr
         draining = GcsClient(address=cluster.address).get_draining_nodes()
-        assert {id.hex() if hasattr(id, "hex") else id for id in draining} == {node_id}
+        is_draining = {id.hex() if hasattr(id, "hex") else id for id in draining} == {node_id}
+        assert is_draining or nodes(cluster)["127.0.0.2"]["state"] == "DEAD", "Ray ends a node that drains as soon as it is idle"
