@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from tidepool.checkpoint import claim_incarnation
-from tidepool.data import DatasetInfo, prepare
+from tidepool.data import Dataset, DatasetInfo, find_dataset, prepare
 from tidepool.models import build_model, export_model, load_tokenizer, train_tokenizer
 from tidepool.registry import Registry
 from tidepool.specs import DataSpec, RunSpec, parse_spec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.telemetry import MemorySink
+from tidepool.training.batch import shard_samples
 from tidepool.training.member import Alone
 from tidepool.training.outcome import Outcome
 from tidepool.training.pins import read_pins, resolve
+from tidepool.training.sample_record import read_record, samples_digest
 from tidepool.training.worker import Account, Task, run_task
 
 CONFIG = {
@@ -122,3 +124,14 @@ def train_here(spec: RunSpec, beat: Beat = lambda *_: False, sink: MemorySink | 
     outcome = run_task(Task(spec, pins, claimed.number), alone, torch.device("cpu"), [sink or MemorySink()], account)
     assert outcome is not None
     return outcome
+
+
+def check_exactly_once(store: ObjectStore, spec: RunSpec) -> None:
+    """Every shard of every step read just the samples that are its own."""
+    layout = Dataset(store, find_dataset(store, spec.dataset), "train", 1).layout
+    record = read_record(store, spec.run)
+    assert sorted(record) == list(range(1, spec.training.steps + 1))
+    for step, stored in record.items():
+        shards = range(spec.training.num_shards)
+        expected = [samples_digest(shard_samples(step - 1, shard, spec.training, spec.seed, layout)) for shard in shards]
+        assert all(digests == expected for digests in stored), step

@@ -18,19 +18,16 @@ import psutil
 import pytest
 import ray
 
-from tests.training.conftest import make_run, prepare_dataset, publish_base, train_here
+from tests.training.conftest import check_exactly_once, make_run, prepare_dataset, publish_base, train_here
 from tests.training.jobs import Job, Status, bits, claims, coordinator
 from tests.training.nodes import ADDRESS, Node, second_node
 from tidepool import local_cluster
 from tidepool.checkpoint import RunLog
-from tidepool.data import Dataset, find_dataset
 from tidepool.local_cluster import LocalCluster
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
-from tidepool.training.batch import shard_samples
 from tidepool.training.pins import Pins
 from tidepool.training.replica_groups import ReplicaGroups
-from tidepool.training.sample_record import read_record, samples_digest
 from tidepool.training.worker import Task
 
 pytestmark = [pytest.mark.elastic, pytest.mark.chaos]
@@ -106,17 +103,6 @@ def without(*groups: int) -> Callable[[Status], bool]:
 def pids(status: Status) -> dict[int, int]:
     """The process of each group (of one worker) in the quorum."""
     return {worker["group"]: worker["pid"] for worker in status["workers"] if worker["group"] in status["groups"]}
-
-
-def check_exactly_once(store: ObjectStore, spec: RunSpec) -> None:
-    """Every shard of every step read just the samples that are its own."""
-    layout = Dataset(store, find_dataset(store, spec.dataset), "train", 1).layout
-    record = read_record(store, spec.run)
-    assert sorted(record) == list(range(1, spec.training.steps + 1))
-    for step, stored in record.items():
-        shards = range(spec.training.num_shards)
-        expected = [samples_digest(shard_samples(step - 1, shard, spec.training, spec.seed, layout)) for shard in shards]
-        assert all(digests == expected for digests in stored), step
 
 
 def check_same(job: Job, store: ObjectStore, undisturbed: list[str], num_claims: int = 1) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.conftest import CONFIG, Killed, killer, make_run, prepare_dataset, publish_base, train_here
+from tests.training.conftest import CONFIG, Killed, check_exactly_once, killer, make_run, prepare_dataset, publish_base, train_here
 from tidepool.checkpoint import RunLog
 from tidepool.data import Dataset, find_dataset
 from tidepool.data.shards import ShardReader
@@ -53,6 +53,14 @@ def test_dying_anywhere_changes_no_bit(prepared: str, run_name: str, kind: str) 
     assert bits(killed) == bits(alone)
     different = finish(make_run(prepared, f"{run_name}-c", seed=4, **changes))
     assert not set(bits(different)) & set(bits(alone)), "a comparison that could not fail would show nothing"
+
+
+def test_every_sample_is_read_once_though_steps_are_computed_again(prepared: str, run_name: str, store: ObjectStore) -> None:
+    spec = make_run(prepared, run_name)
+    finish(spec, (3, "step"), (4, "commit"), (7, "step"))
+    check_exactly_once(store, spec)
+    with pytest.raises(AssertionError):
+        check_exactly_once(store, make_run(prepared, run_name, seed=4))
 
 
 def test_dropout_is_on_and_seeded_by_step_and_shard(prepared: str, run_name: str) -> None:

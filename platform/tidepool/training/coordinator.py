@@ -73,7 +73,6 @@ class Orders:
 
     clock: float
     """This coordinator's, when it answered."""
-    step: int
     has_quorum: bool
     num_groups: int
     heard: frozenset[int]
@@ -96,6 +95,7 @@ class Coordinator:
         self._condemned: list[Condemned] = []
         self._needs_claim = self._stopping = False
         self._newest_step = 0
+        self._accounted: Quorum | None = None
         self._fatal: str | None = None
         self._outcome: Outcome | None = None
         self._begun = asyncio.Event()
@@ -143,7 +143,6 @@ class Coordinator:
         self._handle(DriverSeen(heard_at))
         return Orders(
             clock=time.monotonic(),
-            step=self._newest_step,
             has_quorum=self._machine.is_active,
             num_groups=self._num_groups,
             heard=frozenset(worker.group for worker in self._reports),
@@ -233,11 +232,14 @@ class Coordinator:
             self._reports = {worker: report for worker, report in self._reports.items() if worker.group != event.group}
         for decision in self._machine.handle(event, time.monotonic()):
             self._act(decision)
+        quorum = self._machine.current
+        if quorum is not None and quorum is not self._accounted:  # formed now, or adopted from the coordinator before
+            self._accounted = quorum
+            self._ledger.note_quorum(quorum, time.time())
 
     def _act(self, decision: Any) -> None:
         match decision:
             case Formed(quorum):
-                self._ledger.note_quorum(quorum, time.time())
                 _logger.info(
                     "quorum %s takes the steps after %d: workers %s", quorum.number, quorum.step, ", ".join(map(str, quorum.workers))
                 )
