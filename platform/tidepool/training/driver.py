@@ -10,7 +10,6 @@ Invariants:
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from tidepool.checkpoint import Incarnation, RunLog, claim_incarnation, read_man
 from tidepool.errors import ClusterError, CorruptCheckpointError, RunError, SpecError
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
+from tidepool.training.cluster_address import listens
 from tidepool.training.coordinator import Beginning, Coordinator, Orders
 from tidepool.training.growth import num_to_start
 from tidepool.training.membership import NAMESPACE, coordinator_name
@@ -285,14 +285,10 @@ def _connection() -> Iterator[None]:
 
 
 def _check_address() -> None:
-    """Raises `ClusterError` if nothing listens at `RAY_ADDRESS`, where Ray itself would go on trying for minutes."""
-    host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
-    if not host or not port.isdigit() or "://" in host:  # none, or one that Ray itself looks up
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        raise _no_cluster(f" at {host}:{port} (RAY_ADDRESS)") from error
+    """Raises `ClusterError` if nothing listens at `RAY_ADDRESS`."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not listens(address, _CONNECT_TIMEOUT_S):
+        raise _no_cluster(f" at {address} (RAY_ADDRESS)")
 
 
 def _no_cluster(where: str = "") -> ClusterError:

@@ -6,7 +6,6 @@ here raises because of a cluster: that none answers is an answer.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tidepool
+from tidepool.training.cluster_address import listens
 from tidepool.training.membership import NAMESPACE, coordinator_name
 
 _CONNECT_TIMEOUT_S = 2
@@ -37,7 +37,7 @@ def look(environment: Mapping[str, str]) -> Look:
     address = environment.get("RAY_ADDRESS", "")
     if not address:
         return Look({}, "no cluster is known here; set RAY_ADDRESS (to `auto` on a node of it)")
-    if not _listens(address):
+    if not listens(address, _CONNECT_TIMEOUT_S):
         return Look({}, f"nothing answers at {address}")
     path = [str(Path(tidepool.__path__[0]).parent), environment.get("PYTHONPATH", "")]
     variables = {**environment, "PYTHONPATH": os.pathsep.join(part for part in path if part)}
@@ -53,18 +53,6 @@ def look(environment: Mapping[str, str]) -> Look:
     if done.returncode:
         return Look({}, f"Ray could not connect to {address} ({last or f'exit status {done.returncode}'})")
     return Look(json.loads(last))
-
-
-def _listens(address: str) -> bool:
-    """False if nothing listens at `host:port`; any other address is one that Ray itself looks up."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or "://" in host:
-        return True
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError:
-        return False
-    return True
 
 
 def _ask() -> dict[str, Any]:
