@@ -52,6 +52,7 @@ from tidepool.specs import DataSpec, LoraSpec, RunSpec, parse_spec
 from tidepool.storage import open_store
 from tidepool.telemetry import MemorySink
 from tidepool.training.batch import cut_batches, shard_samples
+from tidepool.training.commits import BackgroundCommits
 from tidepool.training.group import Group, LocalGroup
 from tidepool.training.loop import StepLoop
 from tidepool.training.member import Alone
@@ -138,7 +139,8 @@ def train_ours(side: Side, group: Group, turn: Turn, losses: list[float]) -> Non
             return Wishes()
 
     watch = Turns(1, None, 0)
-    loop = StepLoop(spec, new_model(side.kind), *splits, torch.float32, MemorySink(), watch, lambda *_: None)
+    commits = BackgroundCommits(0, lambda *_: None, committed_step=lambda: sys.maxsize)  # so that none is due
+    loop = StepLoop(spec, new_model(side.kind), *splits, torch.float32, MemorySink(), watch, commits)
     loop.history.losses = losses
     loop.history.evaluations.append((0, math.nan))  # so that it does not begin with one
     loop.begin()
@@ -385,9 +387,9 @@ def main() -> int:
             for kind in ("lora", "full"):
                 rows += measure(Side("", kind, num_workers, store_url), Path(folder), num_rounds, num_steps)
                 show(rows[-3:])
-    head["load_average_after"] = [round(one, 1) for one in os.getloadavg()]  # our own two workers are in it
-    if options.json:
-        options.json.write_text(json.dumps([head, *rows], indent=1) + "\n")
+                head["load_average_after"] = [round(one, 1) for one in os.getloadavg()]  # our own two workers are in it
+                if options.json:
+                    options.json.write_text(json.dumps([head, *rows], indent=1) + "\n")
     return 0
 
 

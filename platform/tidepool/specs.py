@@ -225,10 +225,14 @@ class TrainingSpec(Spec):
 
 
 class CheckpointSpec(Spec):
-    """How often to commit, and how many commits to keep."""
+    """How often to commit, and how many commits to keep.
+
+    Training goes on while the store takes a snapshot, for up to `max_lag_s`; then it waits. With 0, it waits for each commit.
+    """
 
     every_steps: Count = 50
     keep: Count = 3
+    max_lag_s: Annotated[float, Field(ge=0)] = 300
 
 
 class WorkersSpec(Spec):

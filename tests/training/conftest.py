@@ -48,19 +48,24 @@ def prepare_dataset(store_url: str, folder: Path, name: str = "tides", letters: 
     return prepare(parse_spec(spec, DataSpec), load_tokenizer(folder / "tokenizer"), folder / "tokenizer", store)
 
 
-def publish_base(store_url: str, info: DatasetInfo, folder: Path, seed: int = 5, name: str = "base") -> None:
+def publish_base(
+    store_url: str, info: DatasetInfo, folder: Path, seed: int = 5, name: str = "base", config: dict[str, Any] = CONFIG
+) -> None:
     """Publish an untrained model with the dataset's tokenizer."""
     from tidepool.data import fetch_tokenizer
 
     store = open_store(store_url)
     tokenizer = load_tokenizer(fetch_tokenizer(store, info, folder / "tokenizers"))
-    model = build_model(CONFIG | {"initializer_range": 0.2}, len(tokenizer), seed, tokenizer)
-    export_model(model, tokenizer, folder / f"base-{seed}")
-    Registry(store).publish(name, "full", folder / f"base-{seed}", lineage={}, metrics={})
+    model = build_model(config | {"initializer_range": 0.2}, len(tokenizer), seed, tokenizer)
+    export_model(model, tokenizer, folder / f"{name}-{seed}")
+    Registry(store).publish(name, "full", folder / f"{name}-{seed}", lineage={}, metrics={})
 
 
 def make_run(store_url: str, run: str, **changes: Any) -> RunSpec:
-    """A run of 8 steps with dropout on its LoRA layers; `changes` replace whole top-level keys, `training` is merged."""
+    """A run of 8 steps with dropout on its LoRA layers, which waits for each commit.
+
+    `changes` replace whole top-level keys; `training` and `checkpoint` are merged.
+    """
     training = {"steps": 8, "global_batch_size": 8, "num_shards": 4, "evaluate_every_steps": 4, "evaluate_num_samples": 6}
     training["optimizer"] = {"learning_rate": 0.01, "warmup_steps": 2, "weight_decay": 0.1}
     spec = {
@@ -69,9 +74,9 @@ def make_run(store_url: str, run: str, **changes: Any) -> RunSpec:
         "dataset": "tides",
         "seed": 3,
         "model": {"base": "base", "lora": {"rank": 4, "alpha": 8, "dropout": 0.3}},
-        "checkpoint": {"every_steps": 2, "keep": 3},
     }
     spec |= {key: value for key, value in changes.items() if key != "training"}
+    spec["checkpoint"] = {"every_steps": 2, "keep": 3, "max_lag_s": 0} | changes.get("checkpoint", {})
     return parse_spec(spec | {"training": training | changes.get("training", {})}, RunSpec)
 
 

@@ -70,6 +70,7 @@ def _build_in(fault: dict[str, Any], held: dict[str, int]) -> None:
                 case "wait":
                     while not Path(fault["until"]).exists():
                         args[0].watch.tick("step")  # it is not stuck
+                        args[0].watch.check()
                         time.sleep(0.05)
                 case "raise":
                     raise ValueError(f"a fault of the test at step {held['step']}")

@@ -36,10 +36,10 @@ class Job:
         path.write_text(yaml.safe_dump(spec.model_dump(mode="json")))
         command = [sys.executable, "jobs/train.py", str(path)]
         self._faults = faults or []
-        self._gate = folder / f"{spec.run}-gate"
+        self._folder = folder
         if faults is not None:
             for number, fault in enumerate(faults):
-                fault["until"] = str(self._gate)
+                fault["until"] = str(self._gate(fault.get("step", 0)))
                 fault["once"] = str(folder / f"{spec.run}-fault-{number}")
             command = [sys.executable, "tests/training/faulty_job.py", str(path), json.dumps(faults)]
         if submit:
@@ -49,9 +49,12 @@ class Job:
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=cluster.environment, cwd=ROOT)
 
-    def open_gate(self) -> None:
-        """Let those go on whose fault is to wait."""
-        self._gate.touch()
+    def open_gate(self, step: int = 5) -> None:
+        """Let those go on whose fault is to wait at this step."""
+        self._gate(step).touch()
+
+    def _gate(self, step: int) -> Path:
+        return self._folder / f"{self.spec.run}-gate-{step}"
 
     def num_faults_done(self) -> int:
         """How many of the faults that happen once have happened."""

@@ -18,11 +18,12 @@ import psutil
 import pytest
 import ray
 
-from tests.training.conftest import check_exactly_once, make_run, prepare_dataset, publish_base, train_here
+from tests.training.conftest import CONFIG, check_exactly_once, make_run, prepare_dataset, publish_base, train_here
 from tests.training.jobs import Job, Status, bits, claims, coordinator
 from tests.training.nodes import ADDRESS, Node, second_node
 from tidepool import local_cluster
 from tidepool.checkpoint import RunLog
+from tidepool.data import find_dataset
 from tidepool.local_cluster import LocalCluster
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
@@ -35,6 +36,11 @@ STEPS = 150
 TRAINING: dict[str, Any] = {"steps": STEPS, "num_shards": 6, "global_batch_size": 12, "evaluate_every_steps": 50}
 LOOP = "tidepool.training.loop:StepLoop"
 GATE: dict[str, Any] = {"function": f"{LOOP}._compute", "step": 5, "do": "wait", "always": True}
+GPT2: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+DROPOUT: dict[str, dict[str, Any]] = {
+    "llama": CONFIG | {"attention_dropout": 0.2},
+    "gpt2": GPT2 | dict.fromkeys(("embd_pdrop", "resid_pdrop", "attn_pdrop"), 0.2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +62,7 @@ def undisturbed(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def elastic_run(store: ObjectStore, run: str, **changes: Any) -> RunSpec:
-    changes = {"elastic": {"min": 1, "max": 3}, "checkpoint": {"every_steps": 20, "keep": 3}} | changes
+    changes = {"elastic": {"min": 1, "max": 3}, "checkpoint": {"every_steps": 20, "keep": 3, "max_lag_s": 300}} | changes
     return make_run(store.url, run, **changes | {"training": TRAINING | changes.get("training", {})})
 
 
@@ -79,20 +85,18 @@ def start(cluster: LocalCluster, store: ObjectStore, tmp_path: Path) -> Iterator
             job.wait()
 
 
-def gather(job: Job, num_workers: int = 3) -> Status:
+def gather(job: Job, num_workers: int = 3, gate: int = GATE["step"]) -> Status:
     """Let the run go on once so many workers have loaded; returns its status when they take steps together."""
 
     def has_loaded(worker: dict[str, Any]) -> bool:
-        return worker["phase"] == "wait" or worker["step"] == GATE["step"]
+        return worker["phase"] == "wait" or worker["step"] == gate
+
+    def is_past_it(worker: dict[str, Any]) -> bool:
+        return worker["rank"] is not None and worker["step"] > gate
 
     job.wait_for_status(lambda status: sum(map(has_loaded, status["workers"])) == num_workers)
-    job.open_gate()
-    return job.wait_for_status(lambda status: status["is_stepping"] and num_past_the_gate(status) == num_workers)
-
-
-def num_past_the_gate(status: Status) -> int:
-    """How many workers of the quorum hold a state that was computed after the gate had opened."""
-    return sum(worker["rank"] is not None and worker["step"] > GATE["step"] for worker in status["workers"])
+    job.open_gate(gate)
+    return job.wait_for_status(lambda status: status["is_stepping"] and sum(map(is_past_it, status["workers"])) == num_workers)
 
 
 def without(*groups: int) -> Callable[[Status], bool]:
@@ -192,7 +196,7 @@ def test_death(start: Start, store: ObjectStore, undisturbed: list[str], where: 
 
 def test_death_of_all_who_hold_the_newest_step(start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
     """A worker that was stopped holds an older step, newer than any checkpoint: the others' steps are computed again, from its state."""
-    job = start("holders", checkpoint={"every_steps": 1000, "keep": 3})
+    job = start("holders", checkpoint={"every_steps": 1000})
     before = pids(gather(job))
     os.kill(before[3], signal.SIGSTOP)
     newer = job.wait_for_status(lambda status: without(3)(status) and status["step"] > GATE["step"] + 10)
@@ -315,6 +319,39 @@ def test_groups_come_and_go_at_step_boundaries(start: Start, store: ObjectStore,
     result = check_same(job, store, undisturbed)
     assert result["recomputed_steps"] == 0
     assert "failed" not in job.output, "leaving is no failure"
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("family", DROPOUT)
+def test_no_bit_depends_on_a_history_of_4_1_3_and_2_groups(
+    cluster: LocalCluster, start: Start, store: ObjectStore, tmp_path: Path, family: str, kind: str
+) -> None:
+    model: dict[str, Any] = {"config": DROPOUT[family]}
+    if kind == "lora":
+        info = find_dataset(store, "tides")
+        publish_base(store.url, info, tmp_path, name=f"base-{family}", config=DROPOUT[family])
+        model = {"base": f"base-{family}", "lora": {"rank": 4, "alpha": 8, "dropout": 0.3}}
+    run, changes = f"history-{family}-{kind}", {"model": model, "elastic": {"min": 1, "max": 4}}
+    alone = train_here(elastic_run(store, f"{run}-alone", **changes)).result
+    assert alone is not None
+    second_gate = GATE | {"step": 40}
+    job = start(run, second_gate, **changes)
+    four = pids(gather(job, 4))
+    assert len(four) == 4
+    for group in (1, 3, 4):
+        os.kill(four[group], signal.SIGKILL)
+    ray.get(coordinator(run).resize.remote(1))
+    job.wait_for_status(lambda status: status["groups"] == [2] and status["step"] == second_gate["step"])
+    ray.get(coordinator(run).resize.remote(3))
+    three = pids(gather(job, 3, second_gate["step"]))
+    assert len(three) == 3
+    assert three[2] == four[2]
+    os.kill(three[2], signal.SIGKILL)
+    ray.get(coordinator(run).resize.remote(2))
+    two = pids(job.wait_for_status(lambda status: without(2)(status) and len(status["groups"]) == 2))
+    assert set(two.values()) < set(three.values())
+    result = check_same(job, store, bits(dict(alone)))
+    assert result["recomputed_steps"] == 0
 
 
 def test_nothing_is_left_of_a_run_and_nothing_pends(start: Start, store: ObjectStore) -> None:

@@ -4,6 +4,7 @@ The members of a group are threads that take turns: one runs until its next coll
 the process's. World sizes that do not divide the shards leave the members subtrees of many sizes.
 """
 
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -19,6 +20,7 @@ from tidepool.models import add_lora, build_model
 from tidepool.specs import LoraSpec, RunSpec
 from tidepool.storage import open_store
 from tidepool.telemetry import MemorySink
+from tidepool.training.commits import BackgroundCommits
 from tidepool.training.group import Group, LocalGroup
 from tidepool.training.loop import Ending, StepLoop
 from tidepool.training.member import Alone
@@ -96,9 +98,10 @@ def train(config: dict[str, Any], lora: LoraSpec | None, spec: RunSpec, group: G
     model = build_model(config, VOCAB_SIZE, seed=2)
     if lora:
         model = add_lora(model, lora, 2, "base")
-    loop = StepLoop(spec, model, train, held_out, torch.float32, MemorySink(), Alone(1, None, 0), lambda *_: None)
+    commits = BackgroundCommits(0, lambda *_: None, committed_step=lambda: sys.maxsize)  # so that none is due
+    loop = StepLoop(spec, model, train, held_out, torch.float32, MemorySink(), Alone(1, None, 0), commits)
     loop.begin()
-    with closing(loop):
+    with closing(commits), closing(loop):
         assert loop.run(group) is Ending.FINISHED
     return {name: tensors_digest(tensors) for name, tensors in loop.state().items()}
 

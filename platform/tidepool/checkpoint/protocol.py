@@ -2,6 +2,8 @@
 
     runs/<run>/log/<n>.json                                    claims, commits and removals, in one order (see `history`)
     runs/<run>/checkpoints/<step>/<incarnation>-<attempt>/     data objects and manifest.json, never overwritten
+        model-0-of-2.safetensors ...                           a group of tensors, whole (model.safetensors) or in parts
+        part-1.json                                            a writer of some parts says that they are there
 
 Invariants:
 - A commit is one put-if-absent of the log's next entry, made after every object it names is in the store at the size that
@@ -18,18 +20,22 @@ Which steps are worth a checkpoint, and what is in one, is the caller's business
 
 import hashlib
 import logging
+import re
 import uuid
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tidepool.checkpoint.history import Commit, Entry, Incarnation, newest_incarnation, visible_commits
 from tidepool.checkpoint.run_log import RunLog
+from tidepool.checkpoint.snapshot import Snapshot
 from tidepool.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, StoreError, SupersededError
 from tidepool.scratch import ScratchFolder
 from tidepool.storage import ObjectStore, get_json, put_json
@@ -38,6 +44,9 @@ _logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 16 * 2**20
 _MAX_CLAIM_TRIES = 100  # each one lost means that another driver, or a commit of the one before, was first
 _GARBAGE_AGE = timedelta(days=1)
+_OBJECT = re.compile(r"([a-z]+)(?:-\d+-of-\d+)?(?:\.\d+)?\.safetensors")
+StoredObject = dict[str, Any]
+"""An object's entry in a manifest: `name`, `size_bytes`, `sha256`."""
 
 
 class Checkpoints:
@@ -48,38 +57,69 @@ class Checkpoints:
         self._log = RunLog(store, run)
 
     def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], details: Mapping[str, Any]) -> Commit:
-        """Commit the state after `step` steps: each key of `tensors` becomes one safetensors object of named tensors.
+        """Commit the state after `step` steps: each key of `tensors` becomes one object of named tensors.
 
-        `details` (JSON) goes into the manifest. Blocks until the commit stands. Raises `SupersededError`, `StoreError`.
+        The parts of a commit in one call, for who has all of its tensors. Raises as they do.
         """
-        self._read_own_log()  # a writer that was taken over learns it before it uploads
-        commit = Commit(self._incarnation.number, step, uuid.uuid4().hex[:16])
-        prefix = _data_prefix(self._run, commit)
-        with ScratchFolder("checkpoint") as folder:
-            objects = [self._put_tensors(prefix, f"{name}.safetensors", part, Path(folder)) for name, part in sorted(tensors.items())]
-        manifest = {"run": self._run, "step": step, "incarnation": commit.incarnation, "objects": objects, **details}
-        put_json(self._store, f"{prefix}manifest.json", manifest)
-        self._append(commit)
+        commit = self.begin(step, uuid.uuid4().hex[:16])
+        objects = []
+        with ThreadPoolExecutor(1) as executor:
+            for name, part in sorted(tensors.items()):
+                snapshot = Snapshot()
+                snapshot.begin({key: tensor.detach() for key, tensor in part.items()}, executor)
+                objects.append(self.put(commit, f"{name}.safetensors", snapshot.data()))
+        self.commit(commit, objects, details)
         return commit
 
-    def _put_tensors(self, prefix: str, name: str, tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Any]:
-        path = folder / name
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        size_bytes = path.stat().st_size
-        self._store.put_if_absent(f"{prefix}{name}", path)
-        stored = self._store.size(f"{prefix}{name}")
-        if stored != size_bytes:
-            raise StoreError(
-                f"{self._store.url} holds {stored} bytes of {prefix}{name} after a put of {size_bytes}: this store loses data; use another."
-            )
-        path.unlink()
-        return {"name": name, "size_bytes": size_bytes, "sha256": sha256}
+    def begin(self, step: int, attempt: str) -> Commit:
+        """What is to become a commit. `attempt` (hexadecimal) is used once for a step of this incarnation. Raises as `commit`."""
+        self._read_own_log()  # a writer that was taken over learns it before it uploads
+        return Commit(self._incarnation.number, step, attempt)
+
+    def put(self, commit: Commit, name: str, data: memoryview) -> StoredObject:
+        """Put an object of a commit; returns its entry in the manifest. Raises `StoreError`.
+
+        `name` is that of a group of tensors (`model`), maybe with `-2-of-4` where it is in parts, maybe with `.1` after a try that
+        failed, and `.safetensors`.
+        """
+        assert _OBJECT.fullmatch(name), name
+        key = f"{_data_prefix(self._run, commit)}{name}"
+        with ThreadPoolExecutor(1, "sha256") as executor:  # beside the put, on another core
+            digest = executor.submit(lambda: hashlib.sha256(data).hexdigest())
+            self._store.put_if_absent(key, data)
+        stored = self._store.size(key)
+        if stored != len(data):
+            raise StoreError(f"{self._store.url} holds {stored} bytes of {key} after a put of {len(data)}: this store loses data; use another.")
+        return {"name": name, "size_bytes": len(data), "sha256": digest.result()}
+
+    def note_part(self, commit: Commit, part: int, objects: list[StoredObject]) -> None:
+        """Tell whoever makes the commit that this part of its objects is in the store. Raises `StoreError`."""
+        with suppress(ObjectExistsError):  # by a try whose answer was lost
+            put_json(self._store, _part_key(self._run, commit, part), {"objects": objects})
+
+    def find_part(self, commit: Commit, part: int) -> list[StoredObject] | None:
+        """What `note_part` told, None if it has not yet. Raises `StoreError`."""
+        try:
+            found: list[StoredObject] = get_json(self._store, _part_key(self._run, commit, part))["objects"]
+        except ObjectNotFoundError:
+            return None
+        return found
+
+    def commit(self, commit: Commit, objects: list[StoredObject], details: Mapping[str, Any]) -> None:
+        """Let a commit stand, all objects of which were put; `details` (JSON) go into the manifest. May be tried again.
+
+        Raises `SupersededError`, `StoreError`.
+        """
+        manifest = {"run": self._run, "step": commit.step, "incarnation": commit.incarnation, "objects": objects, **details}
+        with suppress(ObjectExistsError):  # an earlier try put it: what that one named is there, too
+            put_json(self._store, f"{_data_prefix(self._run, commit)}manifest.json", manifest)
+        self._append(commit)
 
     def _append(self, commit: Commit) -> None:
         while True:
             entries = self._read_own_log()
+            if commit in entries.values():
+                return
             try:
                 self._log.append(commit, {}, entries)
             except ObjectExistsError:
@@ -129,23 +169,27 @@ class Checkpoints:
                 self._store.delete(info.key)
 
     def restore(self, commit: Commit, name: str) -> dict[str, Tensor]:
-        """The named tensors of one object of a commit, on the CPU, verified.
+        """The named tensors of one group of a commit, on the CPU, verified.
 
         Raises `CorruptCheckpointError` if the bytes are not those that were committed.
         """
-        entry = next((o for o in read_manifest(self._store, self._run, commit)["objects"] if o["name"] == f"{name}.safetensors"), None)
-        if entry is None:
-            raise _corrupt(self._run, commit, f"its manifest names no {name}.safetensors")
+        tensors: dict[str, Tensor] = {}
+        entries = [entry for entry in read_manifest(self._store, self._run, commit)["objects"] if _group(entry["name"]) == name]
         with ScratchFolder("restore") as folder:
-            path = Path(folder) / entry["name"]
-            with path.open("wb") as file:
-                for chunk in _verified_chunks(self._store, self._run, commit, entry):
-                    file.write(chunk)
-            try:
-                # Cloned, because the tensors of load_file live in a mapping of the file that is about to go.
-                return {key: tensor.clone() for key, tensor in load_file(path).items()}
-            except SafetensorError as error:
-                raise _corrupt(self._run, commit, f"{entry['name']} is not a safetensors file") from error
+            for entry in entries:
+                path = Path(folder) / entry["name"]
+                with path.open("wb") as file:
+                    for chunk in _verified_chunks(self._store, self._run, commit, entry):
+                        file.write(chunk)
+                try:
+                    # Cloned, because the tensors of load_file live in a mapping of the file that is about to go.
+                    tensors |= {key: tensor.clone() for key, tensor in load_file(path).items()}
+                except SafetensorError as error:
+                    raise _corrupt(self._run, commit, f"{entry['name']} is not a safetensors file") from error
+                path.unlink()
+        if not entries:
+            raise _corrupt(self._run, commit, f"its manifest names no {name}.safetensors")
+        return tensors
 
 
 def claim_incarnation(store: ObjectStore, run: str, details: Mapping[str, Any]) -> Incarnation:
@@ -221,6 +265,15 @@ def _verified_chunks(store: ObjectStore, run: str, commit: Commit, entry: Mappin
 
 def _corrupt(run: str, commit: Commit, what: str) -> CorruptCheckpointError:
     return CorruptCheckpointError(f"Checkpoint {commit.name} (step {commit.step}) of run {run} cannot be used: {what}.")
+
+
+def _group(name: str) -> str:
+    match = _OBJECT.fullmatch(name)
+    return match[1] if match else name
+
+
+def _part_key(run: str, commit: Commit, part: int) -> str:
+    return f"{_data_prefix(run, commit)}part-{part}.json"
 
 
 def _data_prefix(run: str, commit: Commit) -> str:

@@ -29,6 +29,10 @@ class ObjectInfo:
     modified_at: datetime
 
 
+Data = bytes | memoryview | Path
+"""What can be put: bytes (also those that lie in somebody's memory, who must leave them as they are until the put is done), or a file."""
+
+
 class ObjectStore(Protocol):
     """See the module's docstring. Keys are relative, with `/` between parts that match `[A-Za-z0-9._@=+-]+`."""
 
@@ -37,8 +41,8 @@ class ObjectStore(Protocol):
         """What `open_store` needs to open the same store elsewhere; it never holds a secret."""
         ...
 
-    def put_if_absent(self, key: str, data: bytes | Path) -> None:
-        """Write `data` (the bytes, or the content of the file at a path, streamed) unless `key` exists.
+    def put_if_absent(self, key: str, data: Data) -> None:
+        """Write `data` (bytes, or the content of the file at a path, streamed) unless `key` exists.
 
         Raises `ObjectExistsError` if it does, whatever it holds.
         """

@@ -19,7 +19,7 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 from tidepool.errors import ObjectExistsError, ObjectNotFoundError, StoreAccessError, StoreError, StoreFullError
-from tidepool.storage.base import ObjectInfo, check_key, check_prefix
+from tidepool.storage.base import Data, ObjectInfo, check_key, check_prefix
 
 _TEMPORARY = "~tmp"
 _TEMPORARY_AGE_S = 86_400
@@ -33,7 +33,7 @@ class LocalStore:
         self.url = f"file://{quote(str(self._root))}"
         self._remove_old_temporaries()
 
-    def put_if_absent(self, key: str, data: bytes | Path) -> None:
+    def put_if_absent(self, key: str, data: Data) -> None:
         target = self._path(key)
         with self._errors(key):
             temporary = self._write_temporary(data)
@@ -92,7 +92,7 @@ class LocalStore:
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
-    def _write_temporary(self, data: bytes | Path) -> Path:
+    def _write_temporary(self, data: Data) -> Path:
         folder = self._root / _TEMPORARY
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / uuid.uuid4().hex

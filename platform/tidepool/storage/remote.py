@@ -6,7 +6,7 @@ Invariants:
 - Every small call ends within the store's deadline, with an answer or with `StoreUnreachableError`.
 - A client that was carried across a fork would hang; it is refused instead.
 
-Files above `_SMALL_BYTES` go up in parts, a few of them in memory: each part is tried again by itself, then the whole upload.
+What is larger than `_SMALL_BYTES` goes up in parts, a few of them in memory: each part is tried again by itself, then the whole upload.
 The client asks for no condition there (and Ceph would keep none at the end of such an upload), so the key is looked up
 before: two writers that race for one key with large files may both return. By design no two do: such keys hold an attempt's
 id or the content's digest.
@@ -34,7 +34,7 @@ from tidepool.errors import (
     StoreFullError,
     StoreUnreachableError,
 )
-from tidepool.storage.base import ObjectInfo, check_key, check_prefix
+from tidepool.storage.base import Data, ObjectInfo, check_key, check_prefix
 from tidepool.storage.credentials import client_settings
 
 _logger = logging.getLogger(__name__)
@@ -89,14 +89,15 @@ class RemoteStore:
         self._once, self._parts, self._deadline_s = once, parts, deadline_s
         self._pid = os.getpid()
 
-    def put_if_absent(self, key: str, data: bytes | Path) -> None:
+    def put_if_absent(self, key: str, data: Data) -> None:
         check_key(key)
-        if isinstance(data, Path):
-            if data.stat().st_size > _SMALL_BYTES:
-                self._put_in_parts(key, data)
-                return
-            data = data.read_bytes()
-        content, is_ambiguous = data, False
+        if isinstance(data, memoryview) and isinstance(self._once, MemoryStore):
+            data = bytes(data)  # it would keep no copy
+        size = data.stat().st_size if isinstance(data, Path) else len(data)
+        if size > _SMALL_BYTES:
+            self._put_in_parts(key, data, size)
+            return
+        content, is_ambiguous = data.read_bytes() if isinstance(data, Path) else data, False
 
         def put() -> None:
             nonlocal is_ambiguous
@@ -111,17 +112,17 @@ class RemoteStore:
 
         self._try(key, put)
 
-    def _put_in_parts(self, key: str, path: Path) -> None:
+    def _put_in_parts(self, key: str, data: Data, size: int) -> None:
         is_ambiguous = False
 
         def put() -> None:
             nonlocal is_ambiguous
             if (found := self._find_size(key)) is not None:
-                if is_ambiguous and found == path.stat().st_size:
+                if is_ambiguous and found == size:
                     return  # ours: only the answer to the end of the upload was lost
                 raise AlreadyExistsError(key)
             is_ambiguous = True
-            obstore.put(self._parts, key, path, use_multipart=True, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
+            obstore.put(self._parts, key, data, use_multipart=True, chunk_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE)
 
         self._try(key, put, is_long=True)
 

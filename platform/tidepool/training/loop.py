@@ -16,7 +16,6 @@ What is around it (devices, the store, peers, who restarts it) is handed in.
 import hashlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -28,6 +27,7 @@ from tidepool.errors import NonFiniteError
 from tidepool.specs import RunSpec
 from tidepool.telemetry import Sink
 from tidepool.training.batch import cut_batches, shard_samples
+from tidepool.training.commits import Commits
 from tidepool.training.evaluation import evaluate
 from tidepool.training.group import Group
 from tidepool.training.objective import loss_sum, precision
@@ -40,16 +40,29 @@ from tidepool.training.state import History, Tensors, capture, install, prepare_
 from tidepool.training.transfer import share_numbers, share_tensors
 from tidepool.training.watch import Watch, Wishes
 
-Commit = Callable[[int, dict[str, Tensors], SampleRecord], None]
-"""Makes the state after a number of steps outlive this process. Called on the worker of rank 0 alone."""
-
-
 class Ending(Enum):
     """Why the loop gave the quorum back."""
 
     FINISHED = "finished"
     STOPPED = "stopped"
     CHANGE = "change"
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the members of a group said in a step's exchange, so that all of them know the same at its end."""
+
+    wishes: Wishes
+    is_busy: bool
+    """Somebody has no room for another snapshot."""
+    newest_step: int
+    """The newest step that is committed or on its way, as rank 0 knows."""
+    data_wait_s: float
+
+    @classmethod
+    def parse(cls, sums_6: torch.Tensor) -> "_Said":
+        stop, change, busy, newest, _, wait_s = sums_6.tolist()
+        return cls(Wishes(stop=stop > 0, change=change > 0), busy > 0, int(newest), wait_s)
 
 
 @dataclass
@@ -63,7 +76,7 @@ class StepLoop:
     dtype: torch.dtype
     sink: Sink
     watch: Watch
-    commit: Commit
+    commits: Commits
     step: int = 0
     history: History = field(default_factory=History)
     is_whole: bool = False
@@ -112,6 +125,7 @@ class StepLoop:
         return capture(self._parameters, self._optimizer, self.history)
 
     def _is_now_torn(self) -> None:
+        self.commits.settle()
         self.is_whole = self.is_initial = False
         self.watch.holds(None, "")
 
@@ -129,42 +143,47 @@ class StepLoop:
         self.model.train()
         buffers = GradientBuffers(self._parameters, group.size)
         self._data.plan(range(self.step, training.steps), owned_shards(group.rank, group.size, training.num_shards))
-        wishes = Wishes()
+        said = self._agree(group)
         while True:
             if self._is_evaluation_due():
                 self._evaluate(group)
-            self._commit_if_due(group, wishes.stop)
-            if self.step == training.steps or wishes.stop:
+            is_last = self.step == training.steps or said.wishes.stop
+            self._commit_if_due(group, said, is_last)
+            if is_last:
                 self._meet(group)  # nobody leaves before the commit stands
                 return Ending.FINISHED if self.step == training.steps else Ending.STOPPED
-            if wishes.change:
+            if said.wishes.change:
                 return Ending.CHANGE
-            wishes = self._step(group, buffers)
+            said = self._step(group, buffers)
 
     def close(self) -> None:
         """End the threads that read ahead."""
         self._data.close()
 
-    def _step(self, group: Group, buffers: GradientBuffers) -> Wishes:
-        """One optimizer step; returns what anybody wants after it."""
+    def _step(self, group: Group, buffers: GradientBuffers) -> _Said:
+        """One optimizer step; returns what the members said in it."""
         started, waited_s = time.monotonic(), self._data.waited_s
-        spec, wishes = self.spec.training, self.watch.wishes()
-        stats_S3 = torch.zeros(spec.num_shards + 1, 3, dtype=torch.float64, device=self.device)
+        spec = self.spec.training
+        stats_S3 = torch.zeros(spec.num_shards + 2, 3, dtype=torch.float64, device=self.device)
+        mine_6 = self._said(group)
         reduce, adds_once = REDUCTIONS[spec.reduction], spec.micro_batch_size == spec.shard_size
         gradient = reduce(lambda shard: self._compute(shard, stats_S3), spec.num_shards, buffers, group, adds_once, self.watch.tick)
-        stats_S3[-1] = torch.tensor([wishes.stop, wishes.change, self._data.waited_s - waited_s], dtype=torch.float64)
+        mine_6[-1] = self._data.waited_s - waited_s
+        stats_S3[-2:] = mine_6.view(2, 3)
         group.all_reduce(stats_S3)
         stats = stats_S3.cpu()
-        total, num_targets, _ = stats[:-1].cumsum(0)[-1].tolist()
+        said = _Said.parse(stats[-2:].flatten())
+        stats = stats[:-2]
+        total, num_targets, _ = stats.cumsum(0)[-1].tolist()
         loss = total / num_targets if num_targets else math.nan
         # Without the padding, whose length depends on the number of workers: a sum's bits depend on its length.
         norm = clip(gradient.div_(num_targets)[: buffers.num_elements], spec.optimizer.clip_norm)
-        self._check_finite(loss, norm, stats[:-1, 0])
+        self._check_finite(loss, norm, stats[:, 0])
         rate = learning_rate(self.step, spec.steps, spec.optimizer)
         buffers.point(gradient)
         self.watch.tick("step")
         self.watch.check()
-        self._apply(loss, norm, rate, stats[:-1, 2])
+        self._apply(loss, norm, rate, stats[:, 2])
         buffers.give_back(gradient)
         elapsed_s = time.monotonic() - started
         values = {
@@ -172,11 +191,24 @@ class StepLoop:
             "gradient_norm": norm,
             "learning_rate": rate,
             "step_time_s": elapsed_s,
-            "data_wait_s": float(stats[-1, 2]) / group.size,
+            "data_wait_s": said.data_wait_s / group.size,
             "targets_per_s": num_targets / elapsed_s,
         }
         self._record(values, group)
-        return Wishes(stop=bool(stats[-1, 0] > 0), change=bool(stats[-1, 1] > 0))
+        return said
+
+    def _agree(self, group: Group) -> _Said:
+        """What the members say before the first step."""
+        said_6 = self._said(group).to(self.device)
+        self.watch.tick("exchange")
+        group.all_reduce(said_6)
+        return _Said.parse(said_6.cpu())
+
+    def _said(self, group: Group) -> torch.Tensor:
+        """This member's part of what `_Said` is the sum of, float64."""
+        wishes = self.watch.wishes()
+        newest = self.commits.newest_step() if group.rank == 0 else 0
+        return torch.tensor([wishes.stop, wishes.change, self.commits.is_busy, newest, 0, 0], dtype=torch.float64)
 
     def _apply(self, loss: float, norm: float, rate: float, digests_S: torch.Tensor) -> None:
         self._is_now_torn()
@@ -238,14 +270,19 @@ class StepLoop:
         self.history.evaluations.append((self.step, loss))
         self._record({"held_out_loss": loss}, group)
 
-    def _commit_if_due(self, group: Group, is_stopping: bool) -> None:
-        is_due = self.step % self.spec.checkpoint.every_steps == 0 or self.step == self.spec.training.steps or is_stopping
-        if not is_due or self.step <= self.watch.committed_step() or group.rank:
-            return
-        self.watch.tick("commit")
-        self.watch.check()
-        self.commit(self.step, self.state(), self.record)
-        self.sink.flush()
+    def _commit_if_due(self, group: Group, said: _Said, is_last: bool) -> None:
+        """Begin a commit where all agree that one is due. The last one is waited for, and so is one that lags too far behind."""
+        every = self.spec.checkpoint.every_steps
+        if is_last:
+            self.commits.drain(self.watch.tick)
+        is_due = self.step > said.newest_step if is_last else self.step // every > said.newest_step // every and not said.is_busy
+        if is_due:
+            self.watch.tick("commit")
+            self.watch.check()
+            self.commits.take(self.step, self.state(), SampleRecord(dict(self.record.steps)), group.rank, group.size)
+        self.commits.keep_up(self.watch.tick)
+        if is_last:
+            self.commits.drain(self.watch.tick)
 
     def _meet(self, group: Group) -> None:
         self.watch.tick("exchange")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tidepool.checkpoint import Checkpoints, Commit, Incarnation
+from tidepool.checkpoint import Checkpoints, Commit, Incarnation, StoredObject
 from tidepool.data import Dataset, DatasetInfo, fetch_tokenizer, find_dataset
 from tidepool.errors import ObjectExistsError, ObjectNotFoundError, SupersededError
 from tidepool.models import (
@@ -39,6 +39,7 @@ from tidepool.scratch import ScratchFolder
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, get_json, local_disk, open_store, put_json
 from tidepool.telemetry import FanOut, LogSink, Sink, TensorBoardSink
+from tidepool.training.commits import BackgroundCommits, Taken
 from tidepool.training.group import QuorumLost
 from tidepool.training.loop import Ending, StepLoop
 from tidepool.training.member import Membership
@@ -47,8 +48,7 @@ from tidepool.training.memory import Demand, advise, loading_advice, model_size,
 from tidepool.training.numerics import fingerprint, prepare_process, resolve_dtype
 from tidepool.training.outcome import Outcome
 from tidepool.training.pins import Pins, base_source, check_worker, write_document
-from tidepool.training.sample_record import SampleRecord
-from tidepool.training.state import Tensors, tensors_digest
+from tidepool.training.state import tensors_digest
 
 _logger = logging.getLogger(__name__)
 _CACHE_BYTES = 2**30
@@ -100,8 +100,8 @@ class _Part:
     ) -> None:
         self._task, self._store, self._folder, self._device = task, store, folder, device
         self._member, self._sink, self._account = member, sink, account
-        self._checkpoints: Checkpoints | None = None
-        self._incarnation = self._num_loads = 0
+        self._commits = BackgroundCommits(task.spec.checkpoint.max_lag_s, self._commit, member.committed_step)
+        self._num_loads = 0
 
     def load(self) -> None:
         """Build everything that a step needs; the state is the initial one."""
@@ -112,8 +112,9 @@ class _Part:
         self._loop = self._build_loop()
 
     def close(self) -> None:
-        """End the threads that read ahead."""
+        """End the threads that read ahead and write behind."""
         self._loop.close()
+        self._commits.close()
 
     def take_part(self) -> Outcome | None:
         """Take steps in one quorum after the other, until the run ends or this worker is released."""
@@ -130,11 +131,15 @@ class _Part:
 
     def _take_steps(self, quorum: Quorum) -> Outcome | None:
         base = Commit.parse(quorum.base) if quorum.base else None
-        self._incarnation = quorum.incarnation
-        self._checkpoints = Checkpoints(self._store, self._task.spec.run, Incarnation(quorum.incarnation, base))
+        checkpoints = Checkpoints(self._store, self._task.spec.run, Incarnation(quorum.incarnation, base))
+        self._commits.enter(quorum, checkpoints)
         group = self._member.connect(quorum, quorum.workers, "steps")
-        self._take_state(quorum, base)
-        ending = self._loop.run(group)
+        self._take_state(quorum, base, checkpoints)
+        try:
+            ending = self._loop.run(group)
+        except SupersededError:
+            self._member.check_anew()  # a worker that was put out of its quorum waits for the next; any other is told of another driver
+            raise
         if ending is Ending.CHANGE:
             return None
         if ending is Ending.STOPPED:
@@ -145,7 +150,7 @@ class _Part:
         group.all_reduce(torch.zeros(1, device=self._device))  # whoever is left of the quorum finishes what rank 0 began
         return Outcome(True, self._loop.step, result)
 
-    def _take_state(self, quorum: Quorum, base: Commit | None) -> None:
+    def _take_state(self, quorum: Quorum, base: Commit | None, checkpoints: Checkpoints) -> None:
         """Be where the quorum starts: by what is held, from a peer, from the store, or from the beginning."""
         worker = self._member.worker
         if quorum.from_base and base is None:
@@ -158,9 +163,8 @@ class _Part:
         assert quorum.source is not None
         if quorum.from_base and worker == quorum.source:
             assert base is not None
-            assert self._checkpoints is not None
             self._member.tick("restore")
-            parts = {name: self._checkpoints.restore(base, name) for name in ("model", "optimizer", "history")}
+            parts = {name: checkpoints.restore(base, name) for name in ("model", "optimizer", "history")}
             self._loop.restore(base.step, parts)
         sharing = sorted({quorum.source, *quorum.behind})
         if worker in sharing and len(sharing) > 1:
@@ -181,22 +185,19 @@ class _Part:
             dtype=resolve_dtype(task.spec.training.precision, self._device),
             sink=self._sink,
             watch=self._member,
-            commit=self._commit,
+            commits=self._commits,
         )
 
-    def _commit(self, step: int, state: dict[str, Tensors], record: SampleRecord) -> None:
-        task, checkpoints = self._task, self._checkpoints
-        assert checkpoints is not None
-        record.store(self._store, task.spec.run)
+    def _commit(self, taken: Taken, commit: Commit, objects: list[StoredObject]) -> None:
+        """In the thread that commits: what `Finish` asks."""
+        task = self._task
+        taken.record.store(self._store, task.spec.run)
         details = {"dataset": task.pins.dataset, "base": task.pins.base, "spec_digest": task.spec.digest, "account": dict(self._account())}
-        try:
-            made = checkpoints.save(step, state, details)
-            self._member.note_commit(self._incarnation, step)
-            checkpoints.retain(task.spec.checkpoint.keep)
-        except SupersededError:
-            self._member.check_anew()  # a worker that was put out of its quorum waits for the next; any other is told of another driver
-            raise
-        _logger.info("committed step %d of run %s as %s", step, task.spec.run, made.name)
+        taken.checkpoints.commit(commit, objects, details)
+        self._member.note_commit(commit.incarnation, commit.step)
+        _logger.info("committed step %d of run %s as %s", commit.step, task.spec.run, commit.name)
+        taken.checkpoints.retain(task.spec.checkpoint.keep)
+        self._sink.flush()
 
     def _finish(self) -> dict[str, Any]:
         with ScratchFolder("export") as folder:
