@@ -16,13 +16,15 @@ import pytest
 from tests.training.conftest import CONFIG, Killed, killer, make_run, prepare_dataset, train_here
 from tidepool.checkpoint import claim_incarnation
 from tidepool.cli import main
-from tidepool.errors import RunError, StoreError
+from tidepool.errors import ClusterError, RunError, StoreError, TidepoolError
 from tidepool.run_commands import add_run_commands
+from tidepool.specs import RunSpec, parse_spec
 from tidepool.storage import ObjectStore, get_json, open_store
 from tidepool.training.coordinator import Beginning, Coordinator
 from tidepool.training.ledger import Ledger
-from tidepool.training.live_status import Look, look
+from tidepool.training.live_runs import Cluster, Look
 from tidepool.training.membership import Process, Report, WorkerId
+from tidepool.training.pauses import note_paused, note_resumed, paused_step
 from tidepool.training.quorum import Rules
 from tidepool.training.quorum_events import Claimed
 
@@ -66,13 +68,35 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
     return store
 
 
+class FakeCluster:
+    """Answers what it is given, and notes what it is asked for. A spec lets a run have four groups at most."""
+
+    def __init__(self, seen: Look, asked: list[Any] | None) -> None:
+        self._seen, self._asked = seen, asked if asked is not None else []
+
+    def look(self) -> Look:
+        return self._seen
+
+    def resize(self, run: str, num_groups: int) -> int:
+        self._asked.append((run, num_groups))
+        return min(4, num_groups)
+
+    def stop(self, run: str, pause: bool) -> int:
+        self._asked.append((run, pause))
+        return 7
+
+    def submit(self, spec: Mapping[str, Any]) -> str:
+        self._asked.append(spec)
+        return "job-1"
+
+
 @pytest.fixture
 def ask(capsys: Captured) -> Ask:
     """Runs a command on a store and what a cluster answers; returns what it prints."""
 
-    def run(store: ObjectStore, *command: str, seen: Look = NOWHERE) -> str:
+    def run(store: ObjectStore, *command: str, seen: Look = NOWHERE, asked: list[Any] | None = None) -> str:
         parser = argparse.ArgumentParser()
-        add_run_commands(parser, lambda _: store, lambda: seen)
+        add_run_commands(parser, lambda _: store, lambda: FakeCluster(seen, asked))
         options = parser.parse_args(command)
         options.run(options)
         out, err = capsys.readouterr()
@@ -241,14 +265,70 @@ def test_the_command_refuses_in_one_line_and_prints_nothing_else(capsys: Capture
 
 
 def test_nobody_is_asked_where_no_cluster_is_known_or_listens() -> None:
-    assert "set RAY_ADDRESS" in look({}).problem
+    assert "set RAY_ADDRESS" in Cluster({}).look().problem
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # bound and not listening: a connection is refused
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert look({**os.environ, "RAY_ADDRESS": address}) == Look({}, f"nothing answers at {address}")
+        assert Cluster({**os.environ, "RAY_ADDRESS": address}).look() == Look({}, f"nothing answers at {address}")
 
 
 def test_what_ray_says_of_an_address_that_it_cannot_use_is_the_problem() -> None:
-    seen = look({**os.environ, "RAY_ADDRESS": "nowhere"})
+    seen = Cluster({**os.environ, "RAY_ADDRESS": "nowhere"}).look()
     assert seen.runs == {}
     assert seen.problem.startswith("Ray could not connect to nowhere (ValueError: ")
+
+
+# --- What is asked for ------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_asked_for_another_size_a_pause_and_an_end(trained: ObjectStore, ask: Ask) -> None:
+    asked: list[Any] = []
+    assert "Run killed is to have 1 replica group." in ask(trained, "resize", "killed", "1", asked=asked)
+    told = ask(trained, "resize", "killed", "9", asked=asked)
+    assert "is to have 4 replica groups (its spec's `elastic` allows no other number near 9)" in told
+    assert "now at step 7, commits at its next step and leaves the cluster" in ask(trained, "pause", "killed", asked=asked)
+    assert "submitting it again continues it" in ask(trained, "stop", "killed", asked=asked)
+    assert asked == [("killed", 1), ("killed", 9), ("killed", True), ("killed", False)]
+    with pytest.raises(RunError, match="at least one replica group"):
+        ask(trained, "resize", "killed", "0")
+
+
+def test_a_run_that_does_not_train_is_submitted_as_it_was_resolved(trained: ObjectStore, ask: Ask) -> None:
+    asked: list[Any] = []
+    assert "Run killed goes on as job job-1" in ask(trained, "resume", "killed", seen=Look({}), asked=asked)
+    [spec] = asked
+    assert parse_spec(spec, RunSpec) == make_run(trained.url, "killed", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("run", "seen", "message"),
+    [
+        ("done", Look({}), "Run done is finished"),
+        ("new", Look({}), "stopped before its first worker had begun: submit its spec again"),
+        ("kiled", Look({}), "did you mean killed"),
+        ("killed", Look({"killed": None}), "is being trained in this cluster already"),
+        ("killed", NOWHERE, "cannot be resumed: no cluster is known here"),
+    ],
+)
+def test_what_cannot_be_resumed_is_told_why(trained: ObjectStore, ask: Ask, run: str, seen: Look, message: str) -> None:
+    with pytest.raises(TidepoolError, match=message):
+        ask(trained, "resume", run, seen=seen)
+
+
+def test_a_paused_run_is_told_as_such_until_it_is_trained_again(trained: ObjectStore, ask: Ask) -> None:
+    def state() -> str:
+        return str(json.loads(ask(trained, "show", "killed", "--json"))["run"]["state"])
+
+    assert state() == "not running"
+    note_resumed(trained, "killed")
+    assert paused_step(trained, "killed") is None
+    note_paused(trained, "killed", 2)
+    assert (state(), paused_step(trained, "killed")) == ("paused", 2)
+    note_resumed(trained, "killed")
+    assert state() == "not running"
+
+
+def test_asking_where_no_cluster_is_says_so() -> None:
+    for ask_it in (lambda one: one.resize("r", 2), lambda one: one.stop("r", pause=True)):
+        with pytest.raises(ClusterError, match="Run r cannot be asked: no cluster is known here; set RAY_ADDRESS"):
+            ask_it(Cluster({}))

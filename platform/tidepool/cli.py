@@ -19,7 +19,7 @@ from tidepool.run_commands import add_run_commands
 from tidepool.specs import STORE_VARIABLE
 from tidepool.storage import ObjectStore, open_store
 from tidepool.store_commands import add_store_commands
-from tidepool.training.live_status import Look, look
+from tidepool.training.live_runs import Cluster
 
 _CLUSTER_FILE = Path(".tidepool/cluster.json")
 _LOCAL_STORE = Path(".tidepool/store")
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_models(commands.add_parser("models", help="list, show, promote and roll back published models; import, merge, export"))
     for command in add_run_commands(
-        commands.add_parser("runs", help="list and show training runs: state, step, workers, goodput"), _store, _look
+        commands.add_parser("runs", help="training runs: list, show, resize, pause, stop, resume"), _store, _cluster
     ):
         _add_store(command, _DEFAULT_STORE)
     add_store_commands(commands.add_parser("store", help="check that an object store is fit for commits"))
@@ -95,11 +95,11 @@ def _store(options: argparse.Namespace) -> ObjectStore:
     return open_store(url)
 
 
-def _look() -> Look:
-    """Ask the cluster of `RAY_ADDRESS`, else the one that `tidepool up` started here."""
+def _cluster() -> Cluster:
+    """The cluster of `RAY_ADDRESS`, else the one that `tidepool up` started here."""
     if "RAY_ADDRESS" not in os.environ and (cluster := local_cluster.load(_CLUSTER_FILE)) is not None:
-        return look(cluster.environment)
-    return look(os.environ)
+        return Cluster(cluster.environment)
+    return Cluster(os.environ)
 
 
 def _list_models(options: argparse.Namespace) -> None:

@@ -1,7 +1,8 @@
-"""`tidepool runs list` and `show`: the runs of a store, and what a cluster says of those that train in it now.
+"""`tidepool runs`: the runs of a store, what a cluster says of those that train in it now, and what they are asked for there.
 
-What is told comes from the store (`spec.json`, the log, `result.json`) and, for a run that trains, from its coordinator. The text
-and the JSON hold the same facts. A run that trains in a cluster that was not asked is told as not running, with a word on that.
+`list` and `show` tell; `resize`, `pause` and `stop` ask a run that trains; `resume` submits one that does not. What is told comes
+from the store (`spec.json`, the log, `result.json`) and, for a run that trains, from its coordinator. The text and the JSON hold
+the same facts. A run that trains in a cluster that was not asked is told as not running, with a word on that.
 """
 
 import argparse
@@ -12,16 +13,39 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from tidepool.errors import CorruptCheckpointError, ObjectNotFoundError, RunError, StoreError
+from tidepool.errors import ClusterError, CorruptCheckpointError, ObjectNotFoundError, RunError, StoreError
 from tidepool.storage import ObjectStore, get_json
-from tidepool.training.live_status import Look
+from tidepool.training.live_runs import Look
+from tidepool.training.pauses import paused_step
 
 if TYPE_CHECKING:
     from tidepool.checkpoint import Commit, Incarnation
 
 Facts = dict[str, Any]
+
+
+class Cluster(Protocol):
+    """What is asked of a Ray cluster. All but `look` raise `ClusterError` where none answers, and `RunError` for a run that it has not."""
+
+    def look(self) -> Look:
+        """What trains in it."""
+        ...
+
+    def resize(self, run: str, num_groups: int) -> int:
+        """Ask for so many replica groups; returns how many it will be."""
+        ...
+
+    def stop(self, run: str, pause: bool) -> int:
+        """Ask a run to commit and to end or pause; returns the step that it holds."""
+        ...
+
+    def submit(self, spec: Mapping[str, Any]) -> str:
+        """Submit a job that trains by a spec; returns its id."""
+        ...
+
+
 _NUM_READERS = 8
 _PINS = ("dataset", "base", "base_digest")
 _ACCOUNT = ("started_at", "wall_s", "goodput", "useful_s", "rest", "quorum_changes", "recomputed_steps")
@@ -32,18 +56,66 @@ _RESULT = ("samples", "first_loss", "last_loss", "held_out_loss_before", "held_o
 
 
 def add_run_commands(
-    parser: argparse.ArgumentParser, store_of: Callable[[argparse.Namespace], ObjectStore], look: Callable[[], Look]
+    parser: argparse.ArgumentParser, store_of: Callable[[argparse.Namespace], ObjectStore], cluster: Callable[[], Cluster]
 ) -> list[argparse.ArgumentParser]:
-    """Add the commands to the parser of `tidepool runs`; each sets `run`. `look` asks the cluster. Returns those that need a store."""
+    """Add the commands to the parser of `tidepool runs`; each sets `run`. `cluster` finds the one to ask. Returns those with a store."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     listing = commands.add_parser("list", help="all runs: state, step, newest commit, replica groups, goodput, what was published")
-    listing.set_defaults(run=lambda options: _list(options, store_of(options), look))
+    listing.set_defaults(run=lambda options: _list(options, store_of(options), cluster().look))
     show = commands.add_parser("show", help="a run: what it was made from, its commits, workers, times and result")
     show.add_argument("name", metavar="RUN", help="the `run` of its spec")
-    show.set_defaults(run=lambda options: _show(options, store_of(options), look))
+    show.set_defaults(run=lambda options: _show(options, store_of(options), cluster().look))
     for command in (listing, show):
         command.add_argument("--json", action="store_true", help="one JSON document in place of the text")
-    return [listing, show]
+    resize = commands.add_parser("resize", help="give a run more replica groups or fewer, within its spec's `elastic`")
+    resize.set_defaults(run=lambda options: _resize(options, cluster()))
+    pause = commands.add_parser(
+        "pause", help="let a run commit where it is and leave the cluster; `resume` continues it, here or elsewhere"
+    )
+    pause.set_defaults(run=lambda options: _stop(options, cluster(), is_pause=True))
+    stop = commands.add_parser("stop", help="let a run commit where it is and end its job")
+    stop.set_defaults(run=lambda options: _stop(options, cluster(), is_pause=False))
+    resume = commands.add_parser("resume", help="submit a run that was paused, stopped or lost, from its newest commit")
+    resume.set_defaults(run=lambda options: _resume(options, store_of(options), cluster()))
+    for command in (resize, pause, stop, resume):
+        command.add_argument("name", metavar="RUN", help="the `run` of its spec")
+    resize.add_argument("num_groups", metavar="GROUPS", type=int, help="how many replica groups")
+    return [listing, show, resume]
+
+
+def _resize(options: argparse.Namespace, cluster: Cluster) -> None:
+    if options.num_groups < 1:
+        raise RunError("A run has at least one replica group; `tidepool runs pause` takes it out of the cluster.")
+    given = cluster.resize(options.name, options.num_groups)
+    bound = "" if given == options.num_groups else f" (its spec's `elastic` allows no other number near {options.num_groups})"
+    print(f"Run {options.name} is to have {_count(given, 'replica group')}{bound}. `tidepool runs show {options.name}` tells when it has.")
+
+
+def _stop(options: argparse.Namespace, cluster: Cluster, is_pause: bool) -> None:
+    step = cluster.stop(options.name, is_pause)
+    then = f"`tidepool runs resume {options.name}` continues it" if is_pause else "submitting it again continues it"
+    print(f"Run {options.name}, now at step {step}, commits at its next step and {'leaves the cluster' if is_pause else 'ends'}; {then}.")
+
+
+def _resume(options: argparse.Namespace, store: ObjectStore, cluster: Cluster) -> None:
+    name = options.name
+    if "/" in name or not any(store.list(f"runs/{name}/")):
+        raise _unknown(name, store)
+    stored, seen = _document(store, f"runs/{name}/spec.json"), cluster.look()
+    if seen.problem:
+        raise ClusterError(f"Run {name} cannot be resumed: {seen.problem}.")
+    if name in seen.runs:
+        raise RunError(f"Run {name} is being trained in this cluster already.")
+    if _document(store, f"runs/{name}/result.json") is not None:
+        raise RunError(f"Run {name} is finished; give another `run` name to train again.")
+    if stored is None:
+        raise RunError(f"Run {name} was stopped before its first worker had begun: submit its spec again with `ray job submit`.")
+    job = cluster.submit(stored["spec"] | {"store": store.url})
+    print(f"Run {name} goes on as job {job}: `ray job logs --follow {job}` shows it, `tidepool runs show {name}` where it is.")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _list(options: argparse.Namespace, store: ObjectStore, look: Callable[[], Look]) -> None:
@@ -109,6 +181,7 @@ class _Stored:
     """By the store's clock; None if a newer commit has taken its place since."""
     account: Facts
     """That of the newest commit, read only where nothing newer has one."""
+    is_paused: bool
 
 
 def _read(store: ObjectStore, name: str, seen: Look) -> _Stored:
@@ -130,6 +203,7 @@ def _read(store: ObjectStore, name: str, seen: Look) -> _Stored:
         commit=commit,
         committed_at=at.get(f"runs/{name}/log/{number}.json"),
         account=account,
+        is_paused=paused_step(store, name) is not None,
     )
 
 
@@ -146,7 +220,8 @@ def _document(store: ObjectStore, key: str) -> Facts | None:
 def _summary(stored: _Stored, seen: Look, now: datetime) -> Facts:
     """What is told of a run in the list."""
     result, commit, live = stored.result or {}, stored.commit, seen.runs.get(stored.name)
-    state = "finished" if result else "training" if stored.name in seen.runs else "not running"
+    idle = "paused" if stored.is_paused else "not running"
+    state = "finished" if result else "training" if stored.name in seen.runs else idle
     # The commit may be newer than what the run said: the cluster was asked first.
     reached = result.get("steps") or max((live or {}).get("step", 0), commit.step if commit else 0)
     return {

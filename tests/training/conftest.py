@@ -119,14 +119,20 @@ def killer(at_step: int, phase: str = "step") -> Beat:
     return beat
 
 
-def train_here(spec: RunSpec, beat: Beat = lambda *_: False, sink: MemorySink | None = None, account: Account = lambda: {}) -> Outcome:
+def train_here(
+    spec: RunSpec,
+    beat: Beat = lambda *_: False,
+    sink: MemorySink | None = None,
+    account: Account = lambda: {},
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - a value
+) -> Outcome:
     """One incarnation of a run in this process, as the driver would start it."""
     store = open_store(spec.store)
     pins = read_pins(spec, store) or resolve(spec, store)
     claimed = claim_incarnation(store, spec.run, {"spec_digest": spec.digest})
     base = claimed.base
     alone = Alone(claimed.number, base.name if base else None, base.step if base else 0, beat)
-    outcome = run_task(Task(spec, pins, claimed.number), alone, torch.device("cpu"), [sink or MemorySink()], account)
+    outcome = run_task(Task(spec, pins, claimed.number), alone, device, [sink or MemorySink()], account)
     assert outcome is not None
     return outcome
 

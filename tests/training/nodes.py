@@ -35,6 +35,12 @@ class Node:
             one.kill()
         self.process.wait()
 
+    def drain(self, cluster: LocalCluster, node_id: str) -> None:
+        """Tell the cluster that the node will be taken back in two minutes."""
+        command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, "--node-id", node_id]
+        command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test", "--deadline-remaining-seconds", "120"]
+        subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S)
+
 
 def end(process: "subprocess.Popen[bytes]") -> None:
     """End a process and all that it started, by their pids."""

@@ -211,8 +211,8 @@ class Worker(Process):
                 self.world.ends(self, is_noticed=True)
             elif self._is_offered():
                 self._enter()
-        elif self.phase in WITH_PEERS and self.quorum and self.over >= self.quorum.number:
-            self._leave("it is over")
+        elif self.phase in WITH_PEERS and self.quorum and (self.over >= self.quorum.number or self.must_leave):
+            self._leave("it is over, or goes on without this worker")
         elif self.phase == "exchange" and self._has_result and self.is_leased:
             self._apply()
 
@@ -315,8 +315,8 @@ class Worker(Process):
         assert self.quorum is not None
         if ticket != self._ticket:
             return
-        if self.over >= self.quorum.number:
-            self._leave("it is over")
+        if self.over >= self.quorum.number or self.must_leave:
+            self._leave("it is over, or goes on without this worker")
             return
         assert self.state is not None
         self._has_result = False

@@ -7,6 +7,7 @@ so that what happens then does not depend on how long a busy machine takes to st
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -27,9 +28,10 @@ from tidepool.data import find_dataset
 from tidepool.local_cluster import LocalCluster
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
+from tidepool.training.pauses import paused_step
 from tidepool.training.pins import Pins
 from tidepool.training.replica_groups import ReplicaGroups
-from tidepool.training.worker import Task
+from tidepool.training.worker import Task, read_result
 
 pytestmark = [pytest.mark.elastic, pytest.mark.chaos]
 STEPS = 150
@@ -324,7 +326,7 @@ def test_groups_come_and_go_at_step_boundaries(start: Start, store: ObjectStore,
 @pytest.mark.parametrize("kind", ["lora", "full"])
 @pytest.mark.parametrize("family", DROPOUT)
 def test_no_bit_depends_on_a_history_of_4_1_3_and_2_groups(
-    cluster: LocalCluster, start: Start, store: ObjectStore, tmp_path: Path, family: str, kind: str
+    start: Start, store: ObjectStore, tmp_path: Path, family: str, kind: str
 ) -> None:
     model: dict[str, Any] = {"config": DROPOUT[family]}
     if kind == "lora":
@@ -352,6 +354,80 @@ def test_no_bit_depends_on_a_history_of_4_1_3_and_2_groups(
     assert set(two.values()) < set(three.values())
     result = check_same(job, store, bits(dict(alone)))
     assert result["recomputed_steps"] == 0
+
+
+# --- Operations -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_leaves_in_the_middle_of_a_long_step(start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
+    long_step = GATE | {"step": 40}
+    free = ray.available_resources()["CPU"]
+    job = start("long-step", long_step)
+    before = pids(gather(job))
+    job.wait_for_status(lambda status: all(worker["step"] == long_step["step"] for worker in status["workers"]))
+    asked_at = time.monotonic()
+    runs(job, "resize", "1")
+    wait_for_cpus(free - 1)
+    print(f"two groups were gone {time.monotonic() - asked_at:.1f} s after they were asked, the command included")
+    alone = job.wait_for_status(lambda status: status["is_stepping"] and status["groups"] == [1])
+    assert (pids(alone), alone["step"]) == ({1: before[1]}, long_step["step"])
+    job.open_gate(long_step["step"])
+    assert check_same(job, store, undisturbed)["recomputed_steps"] == 0
+    assert "failed" not in job.output, "leaving is no failure"
+
+
+def test_a_paused_run_frees_all_it_holds_and_goes_on_in_another_cluster(
+    start: Start, store: ObjectStore, undisturbed: list[str], tmp_path: Path
+) -> None:
+    free = ray.available_resources()["CPU"]
+    job = start("moved", GATE | {"step": 40}, checkpoint={"every_steps": 1000})
+    gather(job)
+    asked_at = time.monotonic()
+    runs(job, "pause")
+    job.open_gate(40)
+    wait_for_cpus(free)
+    print(f"all were gone {time.monotonic() - asked_at:.1f} s after the pause was asked for, the command included")
+    assert job.wait() == 0, job.output
+    assert "`tidepool runs resume moved` continues it" in job.output.splitlines()[-1]
+    paused = paused_step(store, "moved")
+    assert paused is not None
+    assert [commit.step for commit in RunLog(store, "moved").visible_commits()] == [paused]
+    with one_cluster(store.url, tmp_path / "other.log") as other:
+        runs(job, "resume", environment=other.environment)
+        wait_until(lambda: read_result(store, "moved") is not None)
+    result = read_result(store, "moved")
+    assert result is not None
+    assert bits(result) == undisturbed
+    check_exactly_once(store, job.spec)
+    assert result["recomputed_steps"] == 0
+    assert paused_step(store, "moved") is None
+
+
+def test_a_node_that_is_drained_is_left_and_the_state_is_committed_if_nobody_stays(
+    cluster: LocalCluster, start: Start, store: ObjectStore, undisturbed: list[str]
+) -> None:
+    only_there = {"workers": {"cpus_per_worker": 5}, "elastic": {"min": 1, "max": 1}, "checkpoint": {"every_steps": 1000}}
+    with second_node(cluster, num_cpus=5) as node:
+        job = start("drained", GATE | {"step": 40}, **only_there)
+        status = gather(job, 1)
+        assert status["workers"][0]["node_ip"] == ADDRESS
+        node.drain(cluster, status["workers"][0]["node_id"])
+        job.open_gate(40)
+        wait_until(lambda: bool(RunLog(store, "drained").visible_commits()))
+        newest = job.wait_for_status(lambda status: not status["is_stepping"])["step"]
+        assert [commit.step for commit in RunLog(store, "drained").visible_commits()] == [newest]
+    runs(job, "stop")  # nothing else has room for it
+    assert job.wait() == 143, job.output
+    again = start("drained", workers={"cpus_per_worker": 1})
+    again.open_gate()
+    assert check_same(again, store, undisturbed, num_claims=2)["recomputed_steps"] == 0
+
+
+def runs(job: Job, command: str, *arguments: str, environment: Mapping[str, str] = os.environ) -> None:
+    """`tidepool runs COMMAND` for the run of a job."""
+    cli = [sys.executable, "-m", "tidepool.cli", "runs", command, job.spec.run, *arguments]
+    store = ["--store", job.spec.store] if command == "resume" else []
+    subprocess.run([*cli, *store], env={**environment, "PYTHONPATH": os.pathsep.join(sys.path)}, check=True, timeout=120)
 
 
 def test_nothing_is_left_of_a_run_and_nothing_pends(start: Start, store: ObjectStore) -> None:

@@ -24,6 +24,7 @@ from tidepool.training.commits import BackgroundCommits
 from tidepool.training.group import Group, LocalGroup
 from tidepool.training.loop import Ending, StepLoop
 from tidepool.training.member import Alone
+from tidepool.training.numerics import resolve_dtype
 from tidepool.training.state import tensors_digest
 
 LLAMA: dict[str, Any] = CONFIG | {"initializer_range": 0.2}
@@ -31,6 +32,7 @@ GPT2: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_hea
 NO_DROPOUT = {"llama": {"attention_dropout": 0.0}, "gpt2": {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attn_pdrop": 0.0}}
 DROPOUT = {family: dict.fromkeys(keys, 0.2) for family, keys in NO_DROPOUT.items()}
 VOCAB_SIZE, TIMEOUT_S = 320, 60
+CPU = torch.device("cpu")
 
 
 class Meeting:
@@ -91,7 +93,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def train(config: dict[str, Any], lora: LoraSpec | None, spec: RunSpec, group: Group) -> dict[str, str]:
+def train(config: dict[str, Any], lora: LoraSpec | None, spec: RunSpec, group: Group, device: torch.device = CPU) -> dict[str, str]:
     """The digests of weights, moments and history after the last step, on this member."""
     store = open_store(spec.store)
     train, held_out = (Dataset(store, find_dataset(store, "tides"), split, 4) for split in ("train", "held_out"))
@@ -99,14 +101,17 @@ def train(config: dict[str, Any], lora: LoraSpec | None, spec: RunSpec, group: G
     if lora:
         model = add_lora(model, lora, 2, "base")
     commits = BackgroundCommits(0, lambda *_: None, committed_step=lambda: sys.maxsize)  # so that none is due
-    loop = StepLoop(spec, model, train, held_out, torch.float32, MemorySink(), Alone(1, None, 0), commits)
+    dtype = resolve_dtype(spec.training.precision, device)
+    loop = StepLoop(spec, model.to(device), train, held_out, dtype, MemorySink(), Alone(1, None, 0), commits)
     loop.begin()
     with closing(commits), closing(loop):
         assert loop.run(group) is Ending.FINISHED
     return {name: tensors_digest(tensors) for name, tensors in loop.state().items()}
 
 
-def train_together(config: dict[str, Any], lora: LoraSpec | None, spec: RunSpec, world_size: int) -> list[dict[str, str]]:
+def train_together(
+    config: dict[str, Any], lora: LoraSpec | None, spec: RunSpec, world_size: int, device: torch.device = CPU
+) -> list[dict[str, str]]:
     """The digests of each member."""
     meeting = Meeting(world_size)
     digests: list[dict[str, str]] = [{}] * world_size
@@ -114,7 +119,7 @@ def train_together(config: dict[str, Any], lora: LoraSpec | None, spec: RunSpec,
     def member(rank: int) -> None:
         with meeting.turn:
             try:
-                digests[rank] = train(config, lora, spec, ThreadGroup(rank, meeting))
+                digests[rank] = train(config, lora, spec, ThreadGroup(rank, meeting), device)
             except BaseException:
                 meeting.leave()
                 raise

@@ -6,8 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tidepool.training.group import QuorumLost
-from tidepool.training.process_group import MeetingPoint, ProcessGroup
+from tidepool.training.group import Group, QuorumLost
+from tidepool.training.process_group import MeetingPoint, ProcessGroup, StagedGroup
 
 CPU = torch.device("cpu")
 WAIT_S = 60
@@ -39,11 +39,11 @@ def together(*members: Callable[[], None]) -> None:
         raise errors[0]
 
 
-def connect(points: list[MeetingPoint], name: str, rank: int, size: int, check: Callable[[], None] = lambda: None) -> ProcessGroup:
+def connect(points: list[MeetingPoint], name: str, rank: int, size: int, check: Callable[[], None] = lambda: None) -> Group:
     return points[rank].connect(name, points[0].address, rank, size, CPU, check)
 
 
-def sum_up(group: ProcessGroup, size: int) -> None:
+def sum_up(group: Group, size: int) -> None:
     values = torch.ones(3)
     group.all_reduce(values)
     assert values.tolist() == [size] * 3
@@ -92,9 +92,13 @@ def test_an_exchange_with_a_silent_peer_ends_when_the_quorum_is_over_and_the_oth
     together(lambda: sum_up(connect(points, "without", 0, 2), 2), lambda: sum_up(connect(points, "without", 1, 2), 2))
 
 
-def test_state_and_slices_arrive_where_they_should(points: list[MeetingPoint]) -> None:
+@pytest.mark.parametrize("is_staged", [False, True])
+def test_state_and_slices_arrive_where_they_should(points: list[MeetingPoint], is_staged: bool) -> None:
     def exchange(rank: int) -> None:
-        group = connect(points, "all", rank, 3)
+        group = connect(points, f"all {is_staged}", rank, 3)
+        if is_staged:  # as between workers that share a GPU; here the tensors are in host memory already
+            assert isinstance(group, ProcessGroup)
+            group = StagedGroup(group)
         values = torch.full((4,), float(rank))
         group.broadcast(values, 1)
         assert values.tolist() == [1.0] * 4

@@ -5,4 +5,16 @@ from tidepool.checkpoint.protocol import Checkpoints, StoredObject, claim_incarn
 from tidepool.checkpoint.run_log import RunLog
 from tidepool.checkpoint.snapshot import Snapshot, divide
 
-__all__ = ["Checkpoints", "Commit", "Incarnation", "RunLog", "Snapshot", "StoredObject", "claim_incarnation", "divide", "read_manifest", "verify", "visible_commits"]
+__all__ = [
+    "Checkpoints",
+    "Commit",
+    "Incarnation",
+    "RunLog",
+    "Snapshot",
+    "StoredObject",
+    "claim_incarnation",
+    "divide",
+    "read_manifest",
+    "verify",
+    "visible_commits",
+]

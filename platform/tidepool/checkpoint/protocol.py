@@ -89,7 +89,9 @@ class Checkpoints:
             self._store.put_if_absent(key, data)
         stored = self._store.size(key)
         if stored != len(data):
-            raise StoreError(f"{self._store.url} holds {stored} bytes of {key} after a put of {len(data)}: this store loses data; use another.")
+            raise StoreError(
+                f"{self._store.url} holds {stored} bytes of {key} after a put of {len(data)}: this store loses data; use another."
+            )
         return {"name": name, "size_bytes": len(data), "sha256": digest.result()}
 
     def note_part(self, commit: Commit, part: int, objects: list[StoredObject]) -> None:

@@ -48,7 +48,7 @@ class Snapshot:
         if device is None:
             self._copied = executor.submit(_copy, self._views, values)
             return
-        self._stream = self._stream or torch.cuda.Stream(device)
+        self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(self._stream):
             _copy(self._views, values)
@@ -67,7 +67,7 @@ class Snapshot:
             self._copied.result()
         elif self._copied is not None:
             self._copied.synchronize()
-        return memoryview(self._buffer.numpy())[: self._num_bytes]
+        return memoryview(self._buffer.numpy())[: self._num_bytes]  # type: ignore[arg-type]
 
     def _lay_out(self, sources: Mapping[str, Tensor], is_pinned: bool) -> None:
         wanted = [(name, source.dtype, source.shape) for name, source in sources.items()]

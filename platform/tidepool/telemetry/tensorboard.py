@@ -23,8 +23,8 @@ _logger = logging.getLogger(__name__)
 class TensorBoardSink:
     """Writes scalars to `<prefix>events.out.tfevents.<writer>-<part>.tidepool`.
 
-    `record` costs microseconds (a queue and a local file); `flush` costs one put, and may be called in another thread. A flush that the store refuses is
-    logged and not tried again: a picture of the run is not worth the run.
+    `record` costs microseconds (a queue and a local file); `flush` costs one put, and may be called in another thread. A flush
+    that the store refuses is logged and not tried again: a picture of the run is not worth the run.
     """
 
     def __init__(self, put: Callable[[str, Path], None], prefix: str, writer: str) -> None:

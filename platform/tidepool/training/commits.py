@@ -292,4 +292,3 @@ class BackgroundCommits:
                 return None
             pause_s = min(_MAX_PAUSE_S, 1.5 * pause_s)
         return found
-

@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -77,6 +78,12 @@ class Orders:
     num_groups: int
     heard: frozenset[int]
     """The groups of which a worker has reported."""
+    gone: frozenset[int]
+    """Those of them whose workers have all ended by themselves."""
+    places: tuple[tuple[int, str], ...]
+    """On which nodes (their ids) the groups' workers are."""
+    is_stopping: bool
+    is_pausing: bool
     condemned: tuple[Condemned, ...]
     needs_claim: bool
     fatal: str | None
@@ -93,7 +100,7 @@ class Coordinator:
         self._changed = asyncio.Event()
         self._probes: dict[WorkerId, asyncio.Task[None]] = {}
         self._condemned: list[Condemned] = []
-        self._needs_claim = self._stopping = False
+        self._needs_claim = self._stopping = self._pausing = False
         self._newest_step = 0
         self._accounted: Quorum | None = None
         self._fatal: str | None = None
@@ -116,11 +123,13 @@ class Coordinator:
     async def report(self, report: Report) -> Directive:
         """Take a report in and answer it; a worker that waits is answered when there is something for it, or after a while."""
         await self._begun.wait()
-        if report.session != self._beginning.session or self._outcome is not None:
+        if report.session != self._beginning.session:
             return Directive(report.sequence, self._beginning.epoch, leave=True)
         known = self._reports.get(report.worker)
         if known is None or report.sequence > known.sequence:
             self._reports[report.worker] = report
+        if self._outcome is not None:
+            return Directive(report.sequence, self._beginning.epoch, leave=True)
         self._newest_step = max(self._newest_step, report.step or 0)
         self._ledger.note_report(report)
         self._handle(Reported(report))
@@ -146,11 +155,19 @@ class Coordinator:
             has_quorum=self._machine.is_active,
             num_groups=self._num_groups,
             heard=frozenset(worker.group for worker in self._reports),
+            gone=self._gone(),
+            places=tuple((one.worker.group, one.process.node_id) for one in self._reports.values() if one.process),
+            is_stopping=self._stopping,
+            is_pausing=self._pausing,
             condemned=condemned,
             needs_claim=self._needs_claim,
             fatal=self._fatal,
             outcome=self._outcome,
         )
+
+    def _gone(self) -> frozenset[int]:
+        num_gone = Counter(worker.group for worker, report in self._reports.items() if report.phase == "gone")
+        return frozenset(worker.group for worker, report in self._reports.items() if num_gone[worker.group] == report.group_size)
 
     async def driver_is_here(self, heard_at: float) -> float:
         """The driver lives, whatever it is busy with: it has heard this clock, which is the answer, say `heard_at`."""
@@ -179,11 +196,11 @@ class Coordinator:
         """Note how the run ended (by the worker of rank 0)."""
         self._outcome = outcome
 
-    async def request_stop(self) -> bool:
-        """Ask the workers to commit and leave; returns whether there are any that can hear it."""
-        self._stopping = True
+    async def request_stop(self, pause: bool = False) -> int:
+        """Ask the workers to commit and leave, for the run to end, or to be paused; returns the newest step that is held."""
+        self._stopping, self._pausing = True, self._pausing or pause
         self._handle(StopAsked())
-        return self._machine.current is not None
+        return self._newest_step
 
     async def resize(self, num_groups: int) -> int:
         """Ask for so many replica groups, within the spec's bounds; returns how many that makes."""

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from types import FrameType
 from typing import Any
 
@@ -30,16 +31,26 @@ from tidepool.training.coordinator import Beginning, Coordinator, Orders
 from tidepool.training.growth import num_to_start
 from tidepool.training.membership import NAMESPACE, coordinator_name
 from tidepool.training.outcome import Outcome
+from tidepool.training.pauses import note_paused, note_resumed
 from tidepool.training.pins import Pins, read_pins, resolve
 from tidepool.training.quorum import Rules
 from tidepool.training.quorum_events import Claimed
 from tidepool.training.ray_worker import train_worker
-from tidepool.training.replica_groups import Ended, ReplicaGroups, WorkerFunction, end_process, waiting_for
+from tidepool.training.replica_groups import (
+    Ended,
+    ReplicaGroup,
+    ReplicaGroups,
+    WorkerFunction,
+    draining_nodes,
+    end_process,
+    waiting_for,
+)
 from tidepool.training.restarts import Failure, give_up
 from tidepool.training.worker import Task, read_result
 
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.2
+_DRAIN_POLL_S = 1.0
 _PULSE_S = 1.0
 _PULSE_TIMEOUT_S = 5.0
 _CONNECT_TIMEOUT_S = 10
@@ -63,6 +74,7 @@ def train(spec: RunSpec, worker: WorkerFunction = train_worker) -> Outcome:
     if (result := read_result(store, spec.run)) is not None:
         _logger.info("run %s is finished; give another `run` name to train again", spec.run)
         return Outcome(True, result["steps"], result)
+    note_resumed(store, spec.run)
     with _connection(), closing(_Run(spec, pins, store, worker)) as run, _stop_signals() as stop:
         return run.drive(stop)
 
@@ -81,7 +93,8 @@ class _Run:
         self._begin()
         self._failures: list[Failure] = []
         self._grows_after = 0.0
-        self._stop_asked = False
+        self._stop_asked = self._is_pausing = self._entered_quorum = False
+        self._drained_at = 0.0
         self._num_groups = spec.elastic.max
         self._ended = threading.Event()
         self._pulse = threading.Thread(target=self._keep_leases, name="pulse", daemon=True)
@@ -106,11 +119,16 @@ class _Run:
                 return self._finish(orders.outcome)
             if orders.fatal is not None:
                 raise RunError(f"Run {self._spec.run} cannot go on: {orders.fatal}.")
-            if stop.received and not self._stop_asked:
-                self._stop_asked = True
-                _logger.info("stopping run %s after a commit at the next step", self._spec.run)
-                if not ray.get(self._coordinator.request_stop.remote()):
-                    return Outcome(False, _base_step(self._claimed), None)
+            if stop.received and not orders.is_stopping:
+                ray.get(self._coordinator.request_stop.remote())
+            elif orders.is_stopping and not self._stop_asked:
+                self._stop_asked, self._is_pausing = True, orders.is_pausing
+                _logger.info("%s run %s after a commit at the next step", "pausing" if self._is_pausing else "stopping", self._spec.run)
+            is_anybody_there = self._entered_quorum and self._groups.running.keys() & orders.heard - orders.gone
+            if self._stop_asked and not orders.has_quorum and not is_anybody_there:
+                commits = RunLog(self._store, self._spec.run).visible_commits()  # nobody is there who holds anything newer
+                return self._finish(Outcome(False, commits[0].step if commits else 0, None))
+            self._entered_quorum = self._entered_quorum or orders.has_quorum
             for condemned in orders.condemned:
                 _logger.warning("killing worker %s (pid %d): it %s", condemned.worker, condemned.pid, condemned.why)
                 end_process(condemned)
@@ -131,9 +149,13 @@ class _Run:
         elastic, running = self._spec.elastic, self._groups.running
         staying = [group for group in running.values() if not group.is_leaving]
         for group in staying[orders.num_groups :]:
-            _logger.info("group %d is to leave at the next step", group.number)
-            group.is_leaving = True
-            self._coordinator.release.remote((group.number,))
+            self._release(group, "its place is asked back")
+        for number in self._on_draining_nodes(orders):
+            self._release(running[number], "its node is about to go")
+        for number in orders.gone & running.keys():
+            if running[number].is_leaving:  # faster than Ray Train, which looks every two seconds
+                self._groups.end(number)
+                ray.get(self._coordinator.group_ended.remote(number))
         for group in list(running.values()):
             is_pending = group.number not in orders.heard
             is_late = is_pending and time.monotonic() - group.started_at > _PLACE_TIMEOUT_S and len(staying) > elastic.min
@@ -146,6 +168,20 @@ class _Run:
         for _ in range(num_to_start(num_staying, room, elastic.min, orders.num_groups, workers, num_shards)):
             group = self._groups.start()
             _logger.info("starting replica group %d", group.number)
+
+    def _release(self, group: ReplicaGroup, why: str) -> None:
+        _logger.info("group %d is to leave at the next step: %s", group.number, why)
+        group.is_leaving = True
+        self._coordinator.release.remote((group.number,))
+
+    def _on_draining_nodes(self, orders: Orders) -> set[int]:
+        """The groups that stay and have a worker on a node that is drained."""
+        if time.monotonic() - self._drained_at < _DRAIN_POLL_S:
+            return set()
+        self._drained_at = time.monotonic()
+        draining = draining_nodes()
+        found = {group for group, node in orders.places if node in draining}
+        return {number for number in found & self._groups.running.keys() if not self._groups.running[number].is_leaving}
 
     def _note_end(self, ended: Ended, orders: Orders) -> Outcome | None:
         """Take the end of a group in; returns the run's outcome if that is why. Raises what the run ends with."""
@@ -167,11 +203,17 @@ class _Run:
         return None
 
     def _finish(self, outcome: Outcome) -> Outcome:
-        """Let the workers end by themselves, which tells Ray Train that they did."""
+        """Let the workers end by themselves. Of a run that finished, Ray Train is told so, which takes it two seconds."""
         deadline = time.monotonic() + _LEAVE_TIMEOUT_S
-        heard = self._orders().heard
-        while time.monotonic() < deadline and any(number in heard for number in self._groups.running):
+        while time.monotonic() < deadline:
+            orders = self._orders()
+            left = self._groups.running.keys() & orders.heard
+            if not (left if outcome.finished else left - orders.gone):
+                break
             self._groups.wait(_POLL_S)
+        if self._is_pausing and not outcome.finished:
+            note_paused(self._store, self._spec.run, outcome.step)
+            return replace(outcome, is_paused=True)
         return outcome
 
     # --- The coordinator ----------------------------------------------------------------------------------------------
@@ -184,6 +226,7 @@ class _Run:
             except ray.exceptions.RayActorError as error:
                 _logger.warning("the quorum of run %s is gone (%s); starting it again", self._spec.run, str(error).partition("\n")[0])
                 self._epoch += 1
+                ray.kill(self._coordinator)  # it is dead; only this frees its name
                 self._coordinator = _make_coordinator(self._spec.run, _NAME_TIMEOUT_S)
                 self._begin()
             else:
@@ -217,7 +260,7 @@ class _Run:
         self._coordinator.release.remote(leaving)
         self._coordinator.resize.remote(self._num_groups)
         if self._stop_asked:
-            self._coordinator.request_stop.remote()
+            self._coordinator.request_stop.remote(self._is_pausing)
 
     def _claim_again(self) -> None:
         """Nobody holds the newest state any more: begin from the newest commit that verifies, as another incarnation."""

@@ -16,7 +16,7 @@ What is around it (devices, the store, peers, who restarts it) is handed in.
 import hashlib
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 import torch
@@ -40,6 +40,7 @@ from tidepool.training.state import History, Tensors, capture, install, prepare_
 from tidepool.training.transfer import share_numbers, share_tensors
 from tidepool.training.watch import Watch, Wishes
 
+
 class Ending(Enum):
     """Why the loop gave the quorum back."""
 
@@ -61,8 +62,8 @@ class _Said:
 
     @classmethod
     def parse(cls, sums_6: torch.Tensor) -> "_Said":
-        stop, change, busy, newest, _, wait_s = sums_6.tolist()
-        return cls(Wishes(stop=stop > 0, change=change > 0), busy > 0, int(newest), wait_s)
+        stop, change, commit, busy, newest, wait_s = sums_6.tolist()
+        return cls(Wishes(stop > 0, change > 0, commit > 0), busy > 0, int(newest), wait_s)
 
 
 @dataclass
@@ -144,17 +145,23 @@ class StepLoop:
         buffers = GradientBuffers(self._parameters, group.size)
         self._data.plan(range(self.step, training.steps), owned_shards(group.rank, group.size, training.num_shards))
         said = self._agree(group)
+        said = replace(said, wishes=Wishes(stop=said.wishes.stop))  # a quorum takes a step before it changes, or it might never take one
         while True:
             if self._is_evaluation_due():
                 self._evaluate(group)
-            is_last = self.step == training.steps or said.wishes.stop
+            ending = self._ending(said.wishes)
+            is_last = ending is not None and (ending is not Ending.CHANGE or said.wishes.commit)
             self._commit_if_due(group, said, is_last)
             if is_last:
                 self._meet(group)  # nobody leaves before the commit stands
-                return Ending.FINISHED if self.step == training.steps else Ending.STOPPED
-            if said.wishes.change:
-                return Ending.CHANGE
+            if ending is not None:
+                return ending
             said = self._step(group, buffers)
+
+    def _ending(self, wishes: Wishes) -> Ending | None:
+        if self.step == self.spec.training.steps:
+            return Ending.FINISHED
+        return Ending.STOPPED if wishes.stop else Ending.CHANGE if wishes.change else None
 
     def close(self) -> None:
         """End the threads that read ahead."""
@@ -208,7 +215,7 @@ class StepLoop:
         """This member's part of what `_Said` is the sum of, float64."""
         wishes = self.watch.wishes()
         newest = self.commits.newest_step() if group.rank == 0 else 0
-        return torch.tensor([wishes.stop, wishes.change, self.commits.is_busy, newest, 0, 0], dtype=torch.float64)
+        return torch.tensor([wishes.stop, wishes.change, wishes.commit, self.commits.is_busy, newest, 0], dtype=torch.float64)
 
     def _apply(self, loss: float, norm: float, rate: float, digests_S: torch.Tensor) -> None:
         self._is_now_torn()

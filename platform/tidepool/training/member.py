@@ -124,6 +124,8 @@ class Member:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is None:
+            self.tick("gone")
         self._is_closing = True
         self._wake.set()
         self._thread.join(self._rules.lease_s)
@@ -166,7 +168,7 @@ class Member:
     # --- What the main thread asks ------------------------------------------------------------------------------------
 
     def wishes(self) -> Wishes:
-        return Wishes(self._directive.stop, self._directive.change)
+        return Wishes(self._directive.stop, self._directive.change, self._directive.commit)
 
     def committed_step(self) -> int:
         return self._committed.step
@@ -196,11 +198,13 @@ class Member:
         assert quorum is not None
         with self._changed:
             phase = self._report.phase
-            while self._over < quorum.number and time.monotonic() >= self._leased_until:
+            while self._over < quorum.number and not self._directive.leave and time.monotonic() >= self._leased_until:
                 self.tick("exchange")  # it is others that are waited for
                 self._changed.wait()
             if self._over >= quorum.number:
                 raise QuorumLost(f"quorum {quorum.number} is over")
+            if self._directive.leave:
+                raise QuorumLost("this worker was released, and its step is long")
             if phase != self._report.phase:
                 self.tick(phase)
 
@@ -220,8 +224,9 @@ class Member:
     # --- The reporting thread -----------------------------------------------------------------------------------------
 
     def _report_on(self) -> None:
-        sequence, is_lost = 0, False
-        while not self._is_closing:
+        sequence, is_lost, is_last = 0, False, False
+        while not is_last:
+            is_last = self._is_closing  # read before the report is made: the last one says what came last
             sequence += 1
             self._wake.clear()
             with self._changed:
@@ -236,7 +241,8 @@ class Member:
             else:
                 is_lost = False
                 self._take(directive, sent_at)
-            self._wake.wait(_BEAT_S)
+            if not is_last:
+                self._wake.wait(_BEAT_S)
 
     def _take(self, directive: Directive, sent_at: float) -> None:
         with self._changed:

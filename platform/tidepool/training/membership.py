@@ -84,8 +84,9 @@ class Process:
 class Report:
     """What a worker is, and where its main thread stands.
 
-    `phase` is load, wait (for a quorum), connect, restore, transfer, step, exchange, evaluate, commit or finish; `progress` grows with each
-    thing that is done in it. `slowest_s` has the longest time that one such thing has taken, by phase.
+    `phase` is load, wait (for a quorum), connect, restore, transfer, step, exchange, evaluate, commit, finish or gone (nothing comes
+    after that); `progress` grows with each thing that is done in it. `slowest_s` has the longest time that one such thing has
+    taken, by phase.
     """
 
     worker: WorkerId
@@ -142,7 +143,9 @@ class Directive:
     """Members wait to come or to go: leave the quorum at the next step boundary."""
     stop: bool = False
     """Commit at the next step boundary and end."""
+    commit: bool = False
+    """Nobody who stays holds the state: commit it before you leave."""
     leave: bool = False
-    """This worker is no longer wanted: end."""
+    """This worker is no longer wanted: end, and if it is in the middle of a step, now."""
     committed: Committed = Committed(0, 0)
     """The newest commit that anybody knows of."""

@@ -7,8 +7,9 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a worker's part ended: `finished`, or stopped on request after `step` steps. `result` is `result.json`."""
+    """How a run ended: `finished`, or stopped on request after `step` steps, maybe to be resumed. `result` is `result.json`."""
 
     finished: bool
     step: int
     result: Mapping[str, Any] | None
+    is_paused: bool = False

@@ -1,5 +1,7 @@
 """Process groups of torch that a run makes and leaves as its quorum changes: gloo on CPUs, NCCL on GPUs (not yet run on one).
 
+NCCL takes one worker a GPU. Where several share one, they meet by gloo, and what they exchange goes through host memory.
+
 Ray Train's own process group spans one replica group and cannot change; these span a quorum. A gloo operation cannot be
 aborted, and neither can its group be deleted while one is pending (torch 2.13: both block until the timeout). So:
 
@@ -23,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
-from tidepool.training.group import QuorumLost
+from tidepool.training.group import Group, QuorumLost
 
 Check = Callable[[], None]
 """Raises `QuorumLost` if what goes on is over."""
@@ -85,6 +87,32 @@ class ProcessGroup:
             _Abandoned.keep(work, self._group, tensors)
 
 
+class StagedGroup:
+    """The collectives of a group of CPU tensors for tensors on a GPU, through host memory."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+        self.rank, self.size = group.rank, group.size
+
+    def all_reduce(self, values: Tensor) -> None:
+        staged = values.cpu()
+        self._group.all_reduce(staged)
+        values.copy_(staged)
+
+    def all_to_all(self, sent: Tensor, num_sent: Sequence[int], num_received: Sequence[int]) -> Tensor:
+        return self._group.all_to_all(sent.cpu(), num_sent, num_received).to(sent.device)
+
+    def all_gather(self, part: Tensor, whole: Tensor) -> None:
+        staged = torch.empty(whole.shape, dtype=whole.dtype)
+        self._group.all_gather(part.cpu(), staged)
+        whole.copy_(staged)
+
+    def broadcast(self, values: Tensor, source: int) -> None:
+        staged = values.cpu()
+        self._group.broadcast(staged, source)
+        values.copy_(staged)
+
+
 def tensors_on_gpu(group: dist.ProcessGroup) -> bool:
     """Whether the group is one of NCCL's."""
     return dist.is_nccl_available() and isinstance(group, dist.ProcessGroupNCCL)
@@ -110,17 +138,17 @@ class _Abandoned:
 class MeetingPoint:
     """Where the other workers of a quorum find each other, if this worker has rank 0 in it. One for the life of a process."""
 
-    def __init__(self, host: str) -> None:
+    def __init__(self, host: str, is_gpu_shared: bool = False) -> None:
         """Listens on `host`, an address of this node that the other nodes reach, and on no other."""
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.bind((host, 0))
         listener.listen(128)
         self.address = f"{host}:{listener.getsockname()[1]}"
         port = listener.getsockname()[1]
-        self._host, self._listener = host, listener
+        self._host, self._listener, self._is_gpu_shared = host, listener, is_gpu_shared
         self._store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
 
-    def connect(self, name: str, address: str, rank: int, size: int, device: torch.device, check: Check) -> ProcessGroup:
+    def connect(self, name: str, address: str, rank: int, size: int, device: torch.device, check: Check) -> Group:
         """Meet `size` - 1 others at the `address` of one of them, under a name that is used once. Raises `QuorumLost`."""
         _Abandoned.drop_old()
         made: list[dist.ProcessGroup] = []
@@ -139,7 +167,8 @@ class MeetingPoint:
             check()
         if failed:
             raise QuorumLost(str(failed[0]).partition("\n")[0]) from failed[0]
-        return ProcessGroup(made[0], check)
+        group = ProcessGroup(made[0], check)
+        return StagedGroup(group) if device.type == "cuda" and self._is_gpu_shared else group
 
     def _make(self, name: str, address: str, rank: int, size: int, device: torch.device) -> dist.ProcessGroup:
         host, _, port = address.rpartition(":")
@@ -147,7 +176,7 @@ class MeetingPoint:
         store = TCPStore(host, int(port), is_master=False, wait_for_workers=False, timeout=_CONNECT_TIMEOUT)
         prefixed = PrefixStore(name, store)
         made: Any
-        if device.type == "cuda":
+        if device.type == "cuda" and not self._is_gpu_shared:
             nccl = dist.ProcessGroupNCCL.Options()
             nccl._timeout = _TIMEOUT
             made = dist.ProcessGroupNCCL(prefixed, rank, size, nccl)

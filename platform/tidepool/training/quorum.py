@@ -60,6 +60,8 @@ class Rules:
     """The deadline is so many times the longest that was seen in this run, and between `least_s` and `unlearned_s`: waiting for
     somebody who hung is seen, too."""
     least_s: float = 10.0
+    leave_s: float = 1.0
+    """A group that was released and has not come to the end of its step after this leaves in the middle, if others hold the state."""
     max_futile: int = 10
     """So many quorums without a new step, one after the other, end the run."""
 
@@ -91,7 +93,11 @@ class _Group:
     size: int
     workers: dict[int, _Worker] = field(default_factory=dict)
     is_ended: bool = False
-    is_leaving: bool = False
+    released_at: float | None = None
+
+    @property
+    def is_leaving(self) -> bool:
+        return self.released_at is not None
 
 
 class QuorumMachine:
@@ -157,6 +163,8 @@ class QuorumMachine:
         if is_leased:
             worker.leased_at = now
         is_member = self._is_member(report.worker)
+        stay = {one.group for one in self.current.workers if not self._groups[one.group].is_leaving} if self.current else set()
+        is_late = group.released_at is not None and now - group.released_at > self._rules.leave_s and bool(stay)
         return Directive(
             sequence=report.sequence,
             epoch=self._epoch,
@@ -165,7 +173,8 @@ class QuorumMachine:
             is_leased=is_leased,
             change=is_member and self._wants_change(now),
             stop=self._stopping,
-            leave=group.is_ended or (group.is_leaving and not worker.report.is_active and not is_member),
+            commit=is_member and not stay,
+            leave=group.is_ended or (is_late if is_member else group.is_leaving and not worker.report.is_active),
             committed=self._committed,
         )
 
@@ -186,8 +195,8 @@ class QuorumMachine:
                     self._claimed, self._claim_asked = event, False
                     self._committed = Committed(event.incarnation, event.base_step)
             case Release(groups):
-                for group in groups:
-                    self._groups.setdefault(group, _Group(0)).is_leaving = True
+                for released in (self._groups.setdefault(number, _Group(0)) for number in groups):
+                    released.released_at = now if released.released_at is None else released.released_at
             case StopAsked():
                 self._stopping = True
             case Tick():

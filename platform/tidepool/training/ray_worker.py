@@ -1,6 +1,7 @@
 """The shell of a worker on Ray Train: what `TorchTrainer` calls in each process of a replica group."""
 
 import os
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,13 +24,21 @@ from tidepool.training.worker import Task, run_task
 
 def train_worker(config: Mapping[str, Any]) -> None:
     """`config` has the `task`, the number of the replica `group`, and the driver's `versions`. Tells the coordinator the outcome."""
+    try:
+        _train(config)
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # Ray Train hands the driver the exception without it
+        raise
+
+
+def _train(config: Mapping[str, Any]) -> None:
     configure_logging()
     node_ip, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
     check_versions(config["versions"], installed_versions(), f"{node_ip} ({node_id})")
     task: Task = config["task"]
     context, device, rules = ray.train.get_context(), ray.train.torch.get_device(), Rules()
     line = _Line(task.spec.run, rules.lease_s)
-    meeting_point = MeetingPoint(node_ip)
+    meeting_point = MeetingPoint(node_ip, is_gpu_shared=0 < task.spec.workers.gpus_per_worker < 1)
     hello = Report(
         worker=WorkerId(config["group"], context.get_world_rank()),
         sequence=0,
@@ -53,9 +62,9 @@ class _Line:
 
     def coordinator(self) -> ActorHandle:
         """The actor; raises `ValueError` while there is none."""
-        if self._actor is None:
-            self._actor = ray.get_actor(coordinator_name(self._run), NAMESPACE)
-        return self._actor
+        actor = self._actor or ray.get_actor(coordinator_name(self._run), NAMESPACE)
+        self._actor = actor  # which another thread may forget at any time
+        return actor
 
     def report(self, report: Report) -> Directive:
         """Hand a report in. Raises `OSError` if nobody answers in time."""

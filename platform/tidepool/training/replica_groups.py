@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray._private.state
 from ray.actor import ActorHandle
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -122,6 +123,11 @@ class ReplicaGroups:
         free, workers = ray.available_resources(), self._task.spec.workers
         fitting = min(int(free.get(name, 0) // (each * workers.num_workers)) for name, each in _resources(workers).items())
         return max(0, fitting - sum(number not in heard for number in self.running))
+
+
+def draining_nodes() -> set[str]:
+    """The ids of the nodes that are about to go (`ray drain-node`, a spot notice, the autoscaler)."""
+    return set(ray._private.state.state.get_draining_nodes())  # what Ray Train and Serve ask; there is no public way to
 
 
 def end_process(condemned: Condemned) -> None:

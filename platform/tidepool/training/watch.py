@@ -12,6 +12,8 @@ class Wishes:
     """Commit and end."""
     change: bool = False
     """Leave the quorum: members wait to come or to go."""
+    commit: bool = False
+    """Commit before that, because all members go."""
 
 
 class Watch(Protocol):

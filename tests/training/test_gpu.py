@@ -1,0 +1,118 @@
+"""What only a GPU shows; skipped where there is none: bits that do not depend on who computed them, snapshots, groups, memory."""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load
+
+from tests.training.conftest import make_run, train_here
+from tests.training.test_families import DROPOUT, GPT2, LLAMA, make_spec, train, train_together
+from tests.training.test_process_group import together
+from tidepool.checkpoint import Snapshot
+from tidepool.errors import TidepoolError
+from tidepool.specs import LoraSpec
+from tidepool.training.group import LocalGroup
+from tidepool.training.numerics import prepare_process
+from tidepool.training.process_group import MeetingPoint, ProcessGroup, StagedGroup
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> Iterator[None]:
+    prepare_process(GPU, 1)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_no_bit_depends_on_the_world_size(prepared: str, family: str, kind: str, precision: str) -> None:
+    config = {"llama": LLAMA, "gpt2": GPT2}[family] | DROPOUT[family]
+    lora = LoraSpec(rank=4, alpha=8, dropout=0.3) if kind == "lora" else None
+    spec = make_spec(prepared, precision=precision)
+    alone = train(config, lora, spec, LocalGroup(), GPU)
+    assert train(config, lora, spec, LocalGroup(), GPU) == alone, "it is not deterministic"
+    for world_size in (2, 3, 5):
+        assert train_together(config, lora, spec, world_size, GPU) == [alone] * world_size
+
+
+def test_gpu_and_cpu_agree(prepared: str) -> None:
+    """Not in their bits; the losses tell that the same was computed."""
+    spec = make_run(prepared, "gpu-agrees", training={"precision": "fp32"})
+    on_cpu = train_here(spec).result
+    on_gpu = train_here(make_run(prepared, "gpu-agrees-there", training={"precision": "fp32"}), device=GPU).result
+    assert on_cpu is not None
+    assert on_gpu is not None
+    for name in ("first_loss", "last_loss", "held_out_loss_after"):
+        assert on_gpu[name] == pytest.approx(on_cpu[name], rel=1e-3), name
+
+
+def test_a_snapshot_is_taken_while_the_next_step_computes() -> None:
+    generator = torch.Generator(GPU).manual_seed(1)
+    held = {name: torch.rand(64 * 2**20, device=GPU, generator=generator) for name in ("a", "b")}
+    before = {name: tensor.cpu() for name, tensor in held.items()}
+    snapshot = Snapshot()
+    with ThreadPoolExecutor(1) as executor:
+        for _ in range(3):
+            snapshot.begin(held, executor)
+            work = torch.rand(4096, 4096, device=GPU) @ torch.rand(4096, 4096, device=GPU)
+            snapshot.settle()
+            for tensor in held.values():
+                tensor.add_(work[0, 0])  # comes after the copy, though nobody has waited
+            found = load(bytes(snapshot.data()))
+            assert all(torch.equal(found[name], before[name]) for name in held)
+            before = {name: tensor.cpu() for name, tensor in held.items()}
+
+
+def test_workers_that_share_a_gpu_meet_through_host_memory() -> None:
+    points = [MeetingPoint("127.0.0.1", is_gpu_shared=True) for _ in range(3)]
+
+    def exchange(rank: int) -> None:
+        group = points[rank].connect("shared", points[0].address, rank, 3, GPU, lambda: None)
+        assert isinstance(group, StagedGroup)
+        values = torch.full((4,), float(rank), device=GPU)
+        group.all_reduce(values)
+        assert values.tolist() == [3.0] * 4
+        group.broadcast(values.fill_(rank), 1)
+        assert values.tolist() == [1.0] * 4
+        received = group.all_to_all(torch.arange(3.0, device=GPU) + 10 * rank, [1, 1, 1], [1, 1, 1])
+        assert received.tolist() == [rank, rank + 10, rank + 20]
+        whole = torch.empty(6, device=GPU)
+        group.all_gather(torch.full((2,), float(rank), device=GPU), whole)
+        assert whole.tolist() == [0, 0, 1, 1, 2, 2]
+
+    together(*(lambda rank=rank: exchange(rank) for rank in range(3)))  # type: ignore[misc]
+
+
+def test_nccl_does_what_gloo_does_and_can_be_left() -> None:
+    """With one member: two cannot share a GPU."""
+    point = MeetingPoint("127.0.0.1")
+    made = point._make("nccl", point.address, 0, 1, GPU)
+    assert isinstance(made, dist.ProcessGroupNCCL)
+    group = ProcessGroup(made, lambda: None)
+    values = torch.arange(4.0, device=GPU)
+    group.all_reduce(values)
+    group.broadcast(values, 0)
+    whole = torch.empty(4, device=GPU)
+    group.all_gather(values, whole)
+    assert whole.tolist() == group.all_to_all(values, [4], [4]).tolist() == [0, 1, 2, 3]
+    group._leave(None, ())
+    again = ProcessGroup(point._make("nccl again", point.address, 0, 1, GPU), lambda: None)
+    again.all_reduce(values)
+    assert values.tolist() == [0, 1, 2, 3]
+
+
+def test_a_model_that_does_not_fit_says_what_to_do(prepared: str) -> None:
+    config = LLAMA | {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
+    torch.cuda.set_per_process_memory_fraction(2**30 / torch.cuda.get_device_properties(GPU).total_memory)
+    try:
+        with pytest.raises(TidepoolError, match="memory"):
+            train_here(make_run(prepared, "gpu-too-large", model={"config": config}), device=GPU)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
