@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import tidepool
 from tests.metadata import Metadata
@@ -19,6 +20,10 @@ from tidepool import local_cluster
 from tidepool.local_cluster import LocalCluster
 
 NAMESPACE = "tidepool"
+
+# How long an example takes says nothing on a busy machine.
+settings.register_profile("tidepool", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tidepool")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -1,7 +1,8 @@
 """The replica groups of a run on a Ray cluster: started, ended, counted. A shell around Ray Train's public API.
 
 Each is one `TorchTrainer.fit()` of fixed size inside a launcher actor of its own (0 CPUs): a `fit()` has no public way to be
-cancelled, but a launcher can be ended, and takes its workers and its placement group with it.
+cancelled, but a launcher can be ended, and takes its workers with it. Its placement group Ray Train lets go of only once the
+workers have started; before that, Ray would keep it (or its demand) until the job ends, so that it is removed here.
 """
 
 import os
@@ -16,9 +17,11 @@ from typing import Any
 import ray
 import ray._private.state
 from ray.actor import ActorHandle
+from ray.core.generated import gcs_pb2
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tidepool.errors import TidepoolError
@@ -29,6 +32,8 @@ from tidepool.training.coordinator import Condemned
 from tidepool.training.versions import installed_versions
 from tidepool.training.worker import Task
 
+_ORPHANED_WITHIN_S = 30.0
+"""So long after a launcher was ended its controller may still be dying."""
 WorkerFunction = Callable[[Mapping[str, Any]], None]
 """What runs in each process of a replica group: its `task`, the number of its `group`, the driver's `versions`."""
 
@@ -87,6 +92,7 @@ class ReplicaGroups:
         self._worker, self._task = worker, task
         self.num_started = 0
         self.running: dict[int, ReplicaGroup] = {}
+        self._ended_at = float("-inf")
 
     def start(self) -> ReplicaGroup:
         """Start another group: it pends until there is room for it."""
@@ -98,11 +104,14 @@ class ReplicaGroups:
         return group
 
     def end(self, number: int) -> None:
-        """End a group: its launcher, and with it the workers and the placement group, whether they run or pend."""
+        """End a group: its launcher, and with it the workers; `wait` sees to the placement group, whether it is held or pends."""
         ray.kill(self.running.pop(number).launcher)
+        self._ended_at = time.monotonic()
 
     def wait(self, timeout_s: float) -> list[Ended]:
         """The groups that ended since the last call; waits for one to end."""
+        if time.monotonic() - self._ended_at < _ORPHANED_WITHIN_S:
+            _remove_orphans()
         if not self.running:
             time.sleep(timeout_s)
             return []
@@ -123,6 +132,16 @@ class ReplicaGroups:
         free, workers = ray.available_resources(), self._task.spec.workers
         fitting = min(int(free.get(name, 0) // (each * workers.num_workers)) for name, each in _resources(workers).items())
         return max(0, fitting - sum(number not in heard for number in self.running))
+
+
+def _remove_orphans() -> None:
+    """Remove the placement groups of this job whose maker (a controller of Ray Train's) is dead."""
+    job = ray.get_runtime_context().get_job_id()
+    table = ray._private.state.state._connect_and_get_accessor().get_placement_group_table()
+    for one in map(gcs_pb2.PlacementGroupTableData.FromString, table):  # which knows the maker; the public table does not
+        is_held = one.state != gcs_pb2.PlacementGroupTableData.REMOVED
+        if is_held and one.creator_actor_dead and one.creator_job_id.hex() == job:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(one.placement_group_id)))
 
 
 def draining_nodes() -> set[str]:
