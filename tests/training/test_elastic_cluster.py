@@ -343,6 +343,7 @@ def test_no_bit_depends_on_a_history_of_4_1_3_and_2_groups(
     assert len(four) == 4
     for group in (1, 3, 4):
         os.kill(four[group], signal.SIGKILL)
+    job.wait_for_status(without(1, 3, 4))
     ray.get(coordinator(run).resize.remote(1))
     job.wait_for_status(lambda status: status["groups"] == [2] and status["step"] == second_gate["step"])
     ray.get(coordinator(run).resize.remote(3))
@@ -350,8 +351,8 @@ def test_no_bit_depends_on_a_history_of_4_1_3_and_2_groups(
     assert len(three) == 3
     assert three[2] == four[2]
     os.kill(three[2], signal.SIGKILL)
-    ray.get(coordinator(run).resize.remote(2))
     two = pids(job.wait_for_status(lambda status: without(2)(status) and len(status["groups"]) == 2))
+    ray.get(coordinator(run).resize.remote(2))
     assert set(two.values()) < set(three.values())
     result = check_same(job, store, bits(dict(alone)))
     assert result["recomputed_steps"] == 0

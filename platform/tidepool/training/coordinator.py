@@ -74,7 +74,8 @@ class Orders:
 
     clock: float
     """This coordinator's, when it answered."""
-    has_quorum: bool
+    members: frozenset[int]
+    """The groups of the quorum that takes steps now, if there is one."""
     num_groups: int
     heard: frozenset[int]
     """The groups of which a worker has reported."""
@@ -152,7 +153,7 @@ class Coordinator:
         self._handle(DriverSeen(heard_at))
         return Orders(
             clock=time.monotonic(),
-            has_quorum=self._machine.is_active,
+            members=self._members(),
             num_groups=self._num_groups,
             heard=frozenset(worker.group for worker in self._reports),
             gone=self._gone(),
@@ -164,6 +165,10 @@ class Coordinator:
             fatal=self._fatal,
             outcome=self._outcome,
         )
+
+    def _members(self) -> frozenset[int]:
+        quorum = self._machine.current if self._machine.is_active else None
+        return frozenset(worker.group for worker in quorum.workers) if quorum else frozenset()
 
     def _gone(self) -> frozenset[int]:
         num_gone = Counter(worker.group for worker, report in self._reports.items() if report.phase == "gone")

@@ -125,10 +125,10 @@ class _Run:
                 self._stop_asked, self._is_pausing = True, orders.is_pausing
                 _logger.info("%s run %s after a commit at the next step", "pausing" if self._is_pausing else "stopping", self._spec.run)
             is_anybody_there = self._entered_quorum and self._groups.running.keys() & orders.heard - orders.gone
-            if self._stop_asked and not orders.has_quorum and not is_anybody_there:
+            if self._stop_asked and not orders.members and not is_anybody_there:
                 commits = RunLog(self._store, self._spec.run).visible_commits()  # nobody is there who holds anything newer
                 return self._finish(Outcome(False, commits[0].step if commits else 0, None))
-            self._entered_quorum = self._entered_quorum or orders.has_quorum
+            self._entered_quorum = self._entered_quorum or bool(orders.members)
             for condemned in orders.condemned:
                 _logger.warning("killing worker %s (pid %d): it %s", condemned.worker, condemned.pid, condemned.why)
                 end_process(condemned)
@@ -148,6 +148,7 @@ class _Run:
             return
         elastic, running = self._spec.elastic, self._groups.running
         staying = [group for group in running.values() if not group.is_leaving]
+        staying.sort(key=lambda group: group.number not in orders.members)  # the newest leave first, and before them who takes no steps
         for group in staying[orders.num_groups :]:
             self._release(group, "its place is asked back")
         for number in self._on_draining_nodes(orders):
@@ -192,7 +193,7 @@ class _Run:
         if isinstance(ended.error, CorruptCheckpointError):
             self._claim_again()
         failure = Failure(step, attempt, ended.error, ended.detail)
-        if orders.has_quorum and not attempt:
+        if orders.members and not attempt:
             _logger.warning("group %d did not come to join run %s (%s)", ended.number, self._spec.run, failure.summary)
             self._grows_after = time.monotonic() + _BACK_OFF_S
             return None
