@@ -58,7 +58,7 @@ CONFIG = {
 }
 SIZES = {
     "cpu": {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8},
-    "cuda": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 16},
+    "cuda": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8},
 }
 BATCHES = {"cpu": (2, 128), "cuda": (16, 256)}
 VOCAB_SIZE = 8192
@@ -95,7 +95,7 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.num_steps += 1
-        float(loss)
+        float(loss.detach())
 
 
 class Ours:

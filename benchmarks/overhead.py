@@ -149,7 +149,7 @@ def prepare_dataset(folder: Path, sequence_length: int) -> str:
     """Python's own source as samples in a store below the folder; returns the store's URL."""
     store_url, texts = (folder / "store").as_uri(), folder / "texts"
     texts.mkdir()
-    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py"))[: sequence_length // 3]
+    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py"))[:100]
     for path in paths:
         (texts / path.name).write_text(path.read_text())
     train_tokenizer([path.read_text() for path in paths], VOCAB_SIZE).save_pretrained(folder / "tokenizer")
@@ -176,8 +176,12 @@ def train_ours(side: Side, group: Group, turn: Turn, losses: list[float]) -> Non
     splits = [Dataset(store, find_dataset(store, "stdlib"), name, 16) for name in ("train", "held_out")]
 
     class Turns(Alone):
-        def wishes(self) -> Wishes:  # asked once in each step
-            turn()
+        has_begun = False
+
+        def wishes(self) -> Wishes:  # asked once before the first step, and once in each
+            if self.has_begun:
+                turn()
+            self.has_begun = True
             return Wishes()
 
     watch = Turns(1, None, 0)

@@ -25,6 +25,7 @@ from tidepool.errors import TidepoolError
 from tidepool.specs import RunSpec, load_spec
 from tidepool.telemetry import configure_logging
 from tidepool.training.driver import train
+from tidepool.training.job import tell
 
 
 def faulty_worker(config: Mapping[str, Any]) -> None:
@@ -101,4 +102,4 @@ if __name__ == "__main__":
     except TidepoolError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    sys.exit(0 if outcome.finished else 143)
+    sys.exit(tell(spec, outcome))

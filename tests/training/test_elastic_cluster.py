@@ -367,10 +367,10 @@ def test_a_group_leaves_in_the_middle_of_a_long_step(start: Start, store: Object
     job = start("long-step", long_step)
     before = pids(gather(job))
     job.wait_for_status(lambda status: all(worker["step"] == long_step["step"] for worker in status["workers"]))
-    asked_at = time.monotonic()
     runs(job, "resize", "1")
+    asked_at = time.monotonic()
     wait_for_cpus(free - 1)
-    print(f"two groups were gone {time.monotonic() - asked_at:.1f} s after they were asked, the command included")
+    print(f"two groups were gone {time.monotonic() - asked_at:.1f} s after they were asked to leave")
     alone = job.wait_for_status(lambda status: status["is_stepping"] and status["groups"] == [1])
     assert (pids(alone), alone["step"]) == ({1: before[1]}, long_step["step"])
     job.open_gate(long_step["step"])
@@ -384,11 +384,11 @@ def test_a_paused_run_frees_all_it_holds_and_goes_on_in_another_cluster(
     free = ray.available_resources()["CPU"]
     job = start("moved", GATE | {"step": 40}, checkpoint={"every_steps": 1000})
     gather(job)
-    asked_at = time.monotonic()
     runs(job, "pause")
     job.open_gate(40)
+    asked_at = time.monotonic()
     wait_for_cpus(free)
-    print(f"all were gone {time.monotonic() - asked_at:.1f} s after the pause was asked for, the command included")
+    print(f"all were gone {time.monotonic() - asked_at:.1f} s after the pause was asked for, and their step could end")
     assert job.wait() == 0, job.output
     assert "`tidepool runs resume moved` continues it" in job.output.splitlines()[-1]
     paused = paused_step(store, "moved")

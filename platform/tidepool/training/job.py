@@ -24,6 +24,11 @@ def main() -> int:
     except TidepoolError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return tell(spec, outcome)
+
+
+def tell(spec: RunSpec, outcome: Outcome) -> int:
+    """Print how a run ended; returns the exit status."""
     print(last_line(spec, outcome))
     return 0 if outcome.finished or outcome.is_paused else STOPPED
 
