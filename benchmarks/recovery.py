@@ -184,29 +184,29 @@ def tell(side: Side, figures: Figures) -> Figures:
 
 def rows(runs: dict[str, list[Figures]], cap_s: float) -> list[Row]:
     """The results: each metric against each peer that has it."""
-    return [
-        row(metric, [one[metric] for one in runs.get(OURS, []) if metric in one], peer, peer_runs, cap_s)
-        for metric in METRICS
-        for peer in (STOCK, TUNED)
-        if (peer_runs := [one[metric] for one in runs.get(peer, []) if metric in one])
-    ]
+    found: list[Row] = []
+    for metric in METRICS:
+        ours, *peers = ([one[metric] for one in runs.get(name, []) if metric in one] for name in (OURS, STOCK, TUNED))
+        with_figures = [(name, peer) for name, peer in zip((STOCK, TUNED), peers, strict=True) if peer]
+        found += [row(metric, ours, name, peer, cap_s) for name, peer in with_figures or [(STOCK, [])] if ours or peer]
+    return found
 
 
 def row(metric: str, ours: list[float], peer_name: str, peer: list[float], cap_s: float) -> Row:
     """One line of the results; only the row against stock's defaults has a target."""
     unit, target = METRICS[metric]
-    mine, theirs = statistics.median(ours) if ours else None, statistics.median(peer)
+    mine, theirs = (statistics.median(figures) if figures else None for figures in (ours, peer))
     ratio = mine / theirs if mine is not None and theirs else None
     reached = None
     if target is not None and peer_name == STOCK and mine is not None:
-        reached = ratio is not None and ratio <= target.most if target.is_ratio else mine <= target.most
+        reached = (None if ratio is None else ratio <= target.most) if target.is_ratio else mine <= target.most
     capped = sum(one >= cap_s for one in peer) if metric == "hang_recovery_s" else 0
     return {
         "metric": metric,
         "unit": unit,
         "ours": None if mine is None else round(mine, 3),
-        "peer": round(theirs, 3),
-        "peer_name": peer_name,
+        "peer": None if theirs is None else round(theirs, 3),
+        "peer_name": peer_name if peer else None,
         "ratio": None if ratio is None else round(ratio, 3),
         "target": target_text(target) if peer_name == STOCK else None,
         "reached": reached,
@@ -224,9 +224,9 @@ def target_text(target: Target | None) -> str | None:
 def show(rows: Sequence[Row]) -> None:
     """Print the table."""
     for one in rows:
-        ours = "-" if one["ours"] is None else one["ours"]
+        ours, peer = ("-" if one[side] is None else one[side] for side in ("ours", "peer"))
         print(
-            f"{one['metric']:<20} {one['unit']:<8} ours {ours:>8}   {one['peer_name']:<17} {one['peer']:>8}   "
+            f"{one['metric']:<20} {one['unit']:<8} ours {ours:>8}   {one['peer_name'] or '':<17} {peer:>8}   "
             f"ratio {one['ratio']}  target {one['target']}  reached {one['reached']}" + (f"  ({one['note']})" if one["note"] else "")
         )
 
@@ -236,6 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="one round, and no longer than 20 s for a stopped worker")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds of each side (default: 3)")
     parser.add_argument("--only", choices=("ours", "peer"), help="leave the other side out")
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -245,7 +246,7 @@ def main() -> int:
         "commit": commit,
         "load_average": [round(one, 1) for one in os.getloadavg()],  # what the machine did before
     }
-    num_rounds, cap_s = (1, 20.0) if options.quick else (3, 120.0)
+    num_rounds, cap_s = (1, 20.0) if options.quick else (options.rounds, 120.0)
     runs: dict[str, list[Figures]] = {}
     loads, resolutions = [], []
     with tempfile.TemporaryDirectory(prefix="tp-recovery-") as folder:
@@ -256,6 +257,8 @@ def main() -> int:
                 runs.setdefault(side.name, []).append(figures)
                 loads.append(round(os.getloadavg()[0], 1))
                 resolutions.append(resolution_s)
+                if options.json:  # what there is by now, should it be cut off
+                    options.json.write_text(json.dumps([head, *rows(runs, cap_s)], indent=1) + "\n")
     head |= {"load_average_after_each_side": loads, "timeline_resolution_s": round(max(resolutions), 4)}
     results = rows(runs, cap_s)
     show(results)

@@ -42,6 +42,7 @@ class Cluster:
         """`variables` are set for all processes of the cluster and its jobs."""
         self._environment = local_cluster.environment(store_url) | {"TIDEPOOL_LOG": "json", "GLOO_SOCKET_IFNAME": "lo", **variables}
         self._environment["RAY_raylet_start_wait_time_s"] = str(_START_TIMEOUT_S)
+        self._environment["RAY_worker_niceness"] = "0"  # Ray's workers yield to everything else (15), and on a busy machine hardly run
         self._environment.pop("RAY_TRAIN_ENABLE_STATE_TRACKING")  # it needs a dashboard
         self._folders: list[Path] = []
         self.nodes: list[Node] = []

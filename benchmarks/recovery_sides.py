@@ -124,9 +124,11 @@ class _Job:
 
     def stop(self) -> None:
         """End the driver, then the cluster."""
-        self.timeline.close()
-        end(self.process)
-        self.cluster.stop()
+        try:
+            self.timeline.close()
+            end(self.process)
+        finally:
+            self.cluster.stop()
 
 
 class StockSide:
@@ -205,9 +207,11 @@ class TidepoolSide:
         self._resize(NUM_WORKERS)
 
     def stop(self) -> None:
-        ray.shutdown()
-        if self._job is not None:
-            self._job.stop()
+        try:
+            ray.shutdown()
+        finally:
+            if self._job is not None:
+                self._job.stop()
 
     def _resize(self, num_groups: int) -> None:
         ray.get(ray.get_actor(coordinator_name(self._run)).resize.remote(num_groups))
