@@ -22,6 +22,7 @@ from tidepool.models.scratch import new_config
 from tidepool.registry import Registry
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
+from tidepool.training import job as training_job
 from tidepool.training.outcome import Outcome
 
 JOBS = {"train": train, "evaluate": evaluate}
@@ -49,7 +50,7 @@ def job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     def run(name: str, spec: dict[str, Any], beat: Beat = lambda *_: False) -> str:
         (tmp_path / "spec.yaml").write_text(yaml.safe_dump(spec))
         monkeypatch.setattr(sys, "argv", [f"{name}.py", str(tmp_path / "spec.yaml")])
-        monkeypatch.setattr(train, "train", lambda spec: train_here(spec, beat))
+        monkeypatch.setattr(training_job, "train", lambda spec: train_here(spec, beat))
         capsys.readouterr()
         status = JOBS[name].main()
         out, err = capsys.readouterr()

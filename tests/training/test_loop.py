@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.training.conftest import CONFIG, Killed, check_exactly_once, killer, make_run, prepare_dataset, publish_base, train_here
+from tests.training.test_commits import Faulty
 from tidepool.checkpoint import RunLog
 from tidepool.data import Dataset, find_dataset
 from tidepool.data.shards import ShardReader
@@ -53,6 +54,27 @@ def test_dying_anywhere_changes_no_bit(prepared: str, run_name: str, kind: str) 
     assert bits(killed) == bits(alone)
     different = finish(make_run(prepared, f"{run_name}-c", seed=4, **changes))
     assert not set(bits(different)) & set(bits(alone)), "a comparison that could not fail would show nothing"
+
+
+def test_training_goes_on_while_the_store_takes_nothing(
+    prepared: str, run_name: str, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = finish(make_run(prepared, f"{run_name}-a"))
+    away = Faulty(store)
+    away.may_put.clear()
+    committed: list[object] = []
+
+    def beat(step: int, phase: str) -> bool:
+        if (step, phase) == (7, "step") and not away.may_put.is_set():  # three checkpoints have been due
+            committed.extend(RunLog(store, f"{run_name}-b").visible_commits())
+            away.may_put.set()
+        return False
+
+    monkeypatch.setattr(worker, "open_store", lambda _url: away)
+    outcome = train_here(make_run(prepared, f"{run_name}-b", checkpoint={"max_lag_s": 300}), beat)
+    assert committed == []
+    assert bits(outcome) == bits(alone)
+    assert RunLog(store, f"{run_name}-b").visible_commits()[0].step == 8
 
 
 def test_every_sample_is_read_once_though_steps_are_computed_again(prepared: str, run_name: str, store: ObjectStore) -> None:

@@ -93,6 +93,17 @@ class StepLoop:
         self.is_initial = True
         """Nothing has changed the state since the model was built."""
 
+    def warm_up(self) -> None:
+        """Compute what is thrown away, so that the first step with others takes no longer than any: they would wait for it."""
+        self.watch.tick("load")
+        self.model.train()
+        samples = self.train.read(range(min(self.spec.training.micro_batch_size, len(self.train))))
+        for batch in cut_batches(samples, self.spec.training.micro_batch_size, self.device):
+            with precision(self.dtype, self.device):
+                loss = loss_sum(self.model, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+        self.model.zero_grad(set_to_none=True)
+
     # --- State --------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:

@@ -118,6 +118,7 @@ class _Part:
 
     def take_part(self) -> Outcome | None:
         """Take steps in one quorum after the other, until the run ends or this worker is released."""
+        self._loop.warm_up()
         while (quorum := self._member.wait_for_quorum()) is not None:
             try:
                 outcome = self._take_steps(quorum)
