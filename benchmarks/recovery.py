@@ -10,7 +10,8 @@ one worker; one worker leaves; one joins; SIGSTOP of one worker. What is read of
 two usual steps of the signal was in flight and counts as completed before it. Who does not come back within the cap counts with the cap.
 `steps_lost`: completed steps that were taken again. `survivors_restarted`: of the two others, those with another pid afterwards.
 `grow_pause_s`, `shrink_pause_s`: the longest time without a step, new or taken again, from the wish until the new size has
-taken steps for two seconds. `worker_start_s`: of the peer's recovery, what its workers took for imports, model, data and checkpoint.
+taken steps for two seconds. `grow_switch_s`, `shrink_switch_s`: of ours, the time between the steps before and after the change itself,
+a step's own time included: what is longer in a pause is the start of a worker's processes on the cores of those that train. `worker_start_s`: of the peer's recovery, what its workers took for imports, model, data and checkpoint.
 
 Stock resizes when a node joins or leaves, so its third worker has a node of its own, which is drained with a notice of
 ten seconds and ends with them; Tidepool is asked for a number of replica groups. The peer that counts is stock with its
@@ -70,6 +71,8 @@ METRICS: dict[str, tuple[str, Target | None]] = {
     "survivors_restarted": ("workers", Target(0)),
     "grow_pause_s": ("s", Target(0.5)),
     "shrink_pause_s": ("s", Target(0.5)),
+    "grow_switch_s": ("s", None),
+    "shrink_switch_s": ("s", None),
     "step_time_s": ("s", Target(0.2)),
     "worker_start_s": ("s", None),
 }
@@ -113,7 +116,13 @@ def measure_resize(side: Side, metric: str, wish: Callable[[], None], num_worker
     settle(side, num_workers)
     to_s = time.monotonic()
     time.sleep(1)
-    return {metric: longest_pause_s(side.timeline.steps, from_s, to_s)}
+    steps = side.timeline.steps
+    figures = {metric: longest_pause_s(steps, from_s, to_s)}
+    changed_at = max((line.at_s for line in side.timeline.lines if "takes the steps after" in str(line.fields.get("message"))), default=0.0)
+    if changed_at > from_s:
+        before, after = (one.at_s for one in steps if one.at_s <= changed_at), (one.at_s for one in steps if one.at_s > changed_at)
+        figures[metric.replace("pause", "switch")] = min(after) - max(before)
+    return figures
 
 
 def worker_start(side: Side, from_s: float) -> Figures:

@@ -116,7 +116,8 @@ def test_a_store_that_is_full_ends_the_run_with_a_message_and_loses_nothing(
 def test_a_full_disk_for_temporary_files_ends_the_run_with_a_message_and_loses_nothing(
     prepared: str, run_name: str, store: ObjectStore, small_disk: Path, job: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = make_run(prepared, run_name)
+    """Commits need none; what is published is written there first."""
+    spec = make_run(prepared, run_name, publish={"model": f"{run_name}-model"})
     begin(spec)
     monkeypatch.setattr(tempfile, "tempdir", str(small_disk))
     message = job("train", spec.model_dump(mode="json"), filling(small_disk, 3))
@@ -124,7 +125,7 @@ def test_a_full_disk_for_temporary_files_ends_the_run_with_a_message_and_loses_n
         f"The disk of {small_disk} on this machine is full: 0.0 MB of 2.1 MB are free. Make room there, or set TMPDIR"
     )
     assert "What was committed or published is safe." in message
-    assert committed(store, run_name) == [2]
+    assert committed(store, run_name) == [8, 6, 4]
     (small_disk / "filler").unlink()
     assert list(small_disk.iterdir()) == [], "no half-written file is left"
     assert train_here(spec).finished
