@@ -10,8 +10,9 @@ one worker; one worker leaves; one joins; SIGSTOP of one worker. What is read of
 two usual steps of the signal was in flight and counts as completed before it. Who does not come back within the cap counts with the cap.
 `steps_lost`: completed steps that were taken again. `survivors_restarted`: of the two others, those with another pid afterwards.
 `grow_pause_s`, `shrink_pause_s`: the longest time without a step, new or taken again, from the wish until the new size has
-taken steps for two seconds. `grow_switch_s`, `shrink_switch_s`: of ours, the time between the steps before and after the change itself,
-a step's own time included: what is longer in a pause is the start of a worker's processes on the cores of those that train. `worker_start_s`: of the peer's recovery, what its workers took for imports, model, data and checkpoint.
+taken steps for two seconds. `grow_switch_s`, `shrink_switch_s`: of ours, the time between the steps before and after the
+change itself, a step included; a longer pause is the start of a worker's processes on the cores of those that train.
+`worker_start_s`: of the peer's recovery, what its workers took for imports, model, data and checkpoint.
 
 Stock resizes when a node joins or leaves, so its third worker has a node of its own, which is drained with a notice of
 ten seconds and ends with them; Tidepool is asked for a number of replica groups. The peer that counts is stock with its

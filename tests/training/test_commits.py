@@ -14,6 +14,8 @@ from tidepool.errors import StoreUnreachableError, SupersededError
 from tidepool.storage import ObjectStore, open_store
 from tidepool.training import commits as module
 from tidepool.training.commits import BackgroundCommits, Taken
+from tidepool.training.group import QuorumLost
+from tidepool.training.member import Alone
 from tidepool.training.membership import Number, Quorum, WorkerId
 from tidepool.training.sample_record import SampleRecord
 from tidepool.training.state import Tensors
@@ -59,6 +61,7 @@ class Worker:
 
     def __init__(self, store: Any, rank: int, size: int, max_lag_s: float) -> None:
         self.rank, self.size, self.committed, self.ticks = rank, size, 0, 0
+        self.watch = Alone(1, None, 0, self._beat)
         self._checkpoints = Checkpoints(store, RUN, newest_incarnation(store) if rank else claim_incarnation(store, RUN, {}))
         self.commits = BackgroundCommits(max_lag_s, self._finish, lambda: self.committed)
         self.enter(1)
@@ -73,9 +76,10 @@ class Worker:
     def take(self, step: int) -> None:
         self.commits.take(step, state(step), SampleRecord(), self.rank, self.size)
 
-    def tick(self, phase: str) -> None:
+    def _beat(self, _step: int, phase: str) -> bool:
         assert phase == "commit"
         self.ticks += 1
+        return False
 
 
 def newest_incarnation(store: Any) -> Incarnation:
@@ -122,10 +126,10 @@ def test_training_goes_on_while_a_snapshot_is_on_its_way(start: Start, faulty: F
     faulty.may_put.clear()
     worker.take(5)
     worker.commits.settle()
-    worker.commits.keep_up(worker.tick)
+    worker.commits.keep_up(worker.watch)
     assert (worker.commits.newest_step(), worker.committed, worker.ticks) == (5, 0, 0)
     faulty.may_put.set()
-    worker.commits.drain(worker.tick)
+    worker.commits.drain(worker.watch)
     assert worker.committed == 5
     check_committed(faulty, 5)
 
@@ -139,7 +143,7 @@ def test_so_many_snapshots_wait_as_have_room(start: Start, faulty: Faulty, monke
         worker.take(step)
     assert worker.commits.is_busy
     faulty.may_put.set()
-    worker.commits.drain(worker.tick)
+    worker.commits.drain(worker.watch)
     assert not worker.commits.is_busy
     assert [commit.step for commit in RunLog(faulty, RUN).visible_commits()] == [3, 2, 1]
     check_committed(faulty, 3)
@@ -149,7 +153,7 @@ def test_with_no_lag_every_commit_is_waited_for(start: Start, faulty: Faulty) ->
     worker = start(faulty, max_lag_s=0)
     for step in (1, 2, 3):
         worker.take(step)
-        worker.commits.keep_up(worker.tick)
+        worker.commits.keep_up(worker.watch)
         assert worker.committed == step
 
 
@@ -157,7 +161,7 @@ def test_a_store_that_fails_for_a_while_costs_nothing(start: Start, faulty: Faul
     worker = start(faulty)
     faulty.failures = 3
     worker.take(5)
-    worker.commits.drain(worker.tick)
+    worker.commits.drain(worker.watch)
     check_committed(faulty, 5)
     assert "step 5 is not in the store yet, trying again" in caplog.text
 
@@ -168,10 +172,10 @@ def test_a_store_that_fails_for_longer_than_the_lag_is_waited_for_and_then_said(
     worker = start(faulty, max_lag_s=0.3)
     faulty.failures = 10**6
     worker.take(5)
-    worker.commits.keep_up(worker.tick)
+    worker.commits.keep_up(worker.watch)
     time.sleep(0.3)  # so old must it be
     with pytest.raises(StoreUnreachableError, match="the store is away"):
-        worker.commits.keep_up(worker.tick)
+        worker.commits.keep_up(worker.watch)
     assert worker.ticks >= 3, "it waited, and was seen to"
     assert "training waits: the snapshot of step 5 has not been committed for 0 s (the store is away)" in caplog.text
     assert worker.committed == 0
@@ -184,7 +188,7 @@ def test_the_members_share_the_work_and_rank_0_commits(start: Start, faulty: Fau
     assert not RunLog(faulty, RUN).visible_commits()
     second.take(7)
     for worker in (second, first):
-        worker.commits.drain(worker.tick)
+        worker.commits.drain(worker.watch)
     commit = check_committed(faulty, 7)
     sizes = {entry["name"]: entry["size_bytes"] for entry in read_manifest(faulty, RUN, commit)["objects"]}
     assert sizes.keys() == {"history.safetensors", "model-0-of-2.safetensors", "optimizer-1-of-2.safetensors"}
@@ -193,9 +197,9 @@ def test_the_members_share_the_work_and_rank_0_commits(start: Start, faulty: Fau
 def test_a_small_state_is_not_divided(start: Start, faulty: Faulty) -> None:
     first, second = start(faulty, 0, 2), start(faulty, 1, 2)
     second.take(7)
-    second.commits.drain(second.tick)
+    second.commits.drain(second.watch)
     first.take(7)
-    first.commits.drain(first.tick)
+    first.commits.drain(first.watch)
     check_committed(faulty, 7)
 
 
@@ -209,12 +213,12 @@ def test_a_part_that_never_comes_is_given_up_with_its_quorum(
     assert worker.commits.newest_step() == 7
     worker.enter(2)
     assert worker.commits.newest_step() == 0, "another may be due at once"
-    worker.commits.drain(worker.tick)
+    worker.commits.drain(worker.watch)
     assert not RunLog(faulty, RUN).visible_commits()
     assert "the snapshot of step 7 is given up: a worker that has left had part 1 of it" in caplog.text
     monkeypatch.setattr(module, "_PART_BYTES", 10**9)
     worker.take(8)
-    worker.commits.drain(worker.tick)
+    worker.commits.drain(worker.watch)
     check_committed(faulty, 8)
 
 
@@ -227,5 +231,21 @@ def test_a_writer_that_was_taken_over_is_told_and_another_quorum_is_not(start: S
     worker.take(2)
     faulty.may_put.set()
     with pytest.raises(SupersededError):
-        worker.commits.drain(worker.tick)
+        worker.commits.drain(worker.watch)
     assert not RunLog(faulty, RUN).visible_commits()
+
+
+def test_who_waits_for_a_commit_hears_that_its_quorum_is_over(start: Start, faulty: Faulty, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part of a worker that is lost will never come."""
+    monkeypatch.setattr(module, "_PART_BYTES", 1000)
+    worker = start(faulty, 0, 2, max_lag_s=0)
+    worker.take(7)
+
+    def over() -> None:
+        raise QuorumLost("the other one is dead")
+
+    monkeypatch.setattr(worker.watch, "check", over)
+    with pytest.raises(QuorumLost, match="the other one is dead"):
+        worker.commits.keep_up(worker.watch)
+    with pytest.raises(QuorumLost, match="the other one is dead"):
+        worker.commits.drain(worker.watch)

@@ -26,6 +26,7 @@ from tidepool.errors import StoreError, SupersededError
 from tidepool.training.membership import Number, Quorum
 from tidepool.training.sample_record import SampleRecord
 from tidepool.training.state import Tensors
+from tidepool.training.watch import Watch
 
 _logger = logging.getLogger(__name__)
 _PART_BYTES = 32 * 2**20
@@ -38,8 +39,6 @@ _FIRST_PAUSE_S, _MAX_PAUSE_S = 0.02, 0.5
 _FIRST_BACKOFF_S, _MAX_BACKOFF_S = 0.5, 10.0
 _LEAVE_S = 2.0
 _POLL_S = 0.05
-
-Tick = Callable[[str], None]
 
 
 @dataclass
@@ -84,12 +83,12 @@ class Commits(Protocol):
         """Return when the state may change."""
         ...
 
-    def keep_up(self, tick: Tick) -> None:
-        """At each boundary: raise what a commit failed with, and wait where it lags too far."""
+    def keep_up(self, watch: Watch) -> None:
+        """At each boundary: raise what a commit failed with, and wait where it lags too far. Raises `QuorumLost` while it waits."""
         ...
 
-    def drain(self, tick: Tick) -> None:
-        """Wait until nothing is on its way any more. Raises what a commit failed with."""
+    def drain(self, watch: Watch) -> None:
+        """Wait until nothing is on its way any more. Raises as `keep_up`."""
         ...
 
 
@@ -187,7 +186,7 @@ class BackgroundCommits:
             for buffer in job.buffers.values():
                 buffer.settle()
 
-    def keep_up(self, tick: Tick) -> None:
+    def keep_up(self, watch: Watch) -> None:
         self._raise_failure()
         with self._changed:
             oldest = self._jobs[0] if self._jobs else None
@@ -198,19 +197,20 @@ class BackgroundCommits:
                 "training waits: the snapshot of step %d has not been committed for %.0f s (%s)",
                 *(oldest.step, time.monotonic() - oldest.taken_at, self._trouble or "the store is slow"),
             )
-        self._wait_for(lambda: oldest not in self._jobs, tick)
+        self._wait_for(lambda: oldest not in self._jobs, watch)
 
-    def drain(self, tick: Tick) -> None:
-        self._wait_for(lambda: not self._jobs, tick)
+    def drain(self, watch: Watch) -> None:
+        self._wait_for(lambda: not self._jobs, watch)
 
-    def _wait_for(self, is_done: Callable[[], bool], tick: Tick) -> None:
+    def _wait_for(self, is_done: Callable[[], bool], watch: Watch) -> None:
         deadline = time.monotonic() + self._max_lag_s
         while True:
             with self._changed:
                 if self._changed.wait_for(lambda: is_done() or self._failure is not None, _POLL_S):
                     break
                 trouble = self._trouble
-            tick("commit")
+            watch.tick("commit")
+            watch.check()  # a part that a lost worker had is waited for in vain
             if trouble is not None and time.monotonic() >= deadline:
                 raise trouble
         self._raise_failure()

@@ -292,15 +292,15 @@ class StepLoop:
         """Begin a commit where all agree that one is due. The last one is waited for, and so is one that lags too far behind."""
         every = self.spec.checkpoint.every_steps
         if is_last:
-            self.commits.drain(self.watch.tick)
+            self.commits.drain(self.watch)
         is_due = self.step > said.newest_step if is_last else self.step // every > said.newest_step // every and not said.is_busy
         if is_due:
             self.watch.tick("commit")
             self.watch.check()
             self.commits.take(self.step, self.state(), SampleRecord(dict(self.record.steps)), group.rank, group.size)
-        self.commits.keep_up(self.watch.tick)
+        self.commits.keep_up(self.watch)
         if is_last:
-            self.commits.drain(self.watch.tick)
+            self.commits.drain(self.watch)
 
     def _meet(self, group: Group) -> None:
         self.watch.tick("exchange")
