@@ -69,11 +69,13 @@ def test_the_next_steps_are_read_while_nobody_asks_and_no_further_than_the_bound
     reads = Reads()
     with closing(Prefetch(reads, shard_bytes=10, max_bytes=69)) as prefetch:
         prefetch.plan(range(100), [3, 4])
-        reads.wait_for(6)
+        reads.wait_for(4)
+        assert len(prefetch._ahead) == 4, "two steps at first"
         reads.gate.set()
         assert what(prefetch.take(0, 3)) == (0, 3)
-        reads.wait_for(7)
-        assert len(prefetch._ahead) == 6
+        assert what(prefetch.take(0, 4)) == (0, 4)
+        reads.wait_for(8)
+        assert len(prefetch._ahead) == 6, "and more with each that is taken"
         for step in range(1, 50):
             for shard in (3, 4):
                 assert what(prefetch.take(step, shard)) == (step, shard)
@@ -85,10 +87,10 @@ def test_what_is_ready_costs_no_wait_and_what_is_not_is_counted() -> None:
     reads = Reads()
     reads.gate.set()
     with closing(Prefetch(reads, 1)) as prefetch:
-        prefetch.plan(range(3), [0])
+        prefetch.plan(range(2), [0])
         for reading in list(prefetch._ahead.values()):
             reading.result(WAIT_S)
-        for step in range(3):
+        for step in range(2):
             prefetch.take(step, 0)
         assert prefetch.waited_s == 0
         prefetch.take(1, 0)
@@ -117,7 +119,7 @@ def test_an_error_comes_out_where_the_data_is_needed_and_another_try_may_succeed
 def test_close_waits_for_reads_under_way_and_begins_no_other() -> None:
     reads = Reads()
     prefetch = Prefetch(reads, 1)
-    prefetch.plan(range(100), [0])
+    prefetch.plan(range(100), [0, 1, 2, 3])
     reads.wait_for(8)
     closing_it = threading.Thread(target=prefetch.close)
     closing_it.start()

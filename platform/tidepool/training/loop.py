@@ -151,10 +151,9 @@ class StepLoop:
     def run(self, group: Group) -> Ending:
         """Take steps with `group`; the last state is committed unless the quorum is only to change. Raises `QuorumLost`."""
         assert self.is_whole
-        training = self.spec.training
         self.model.train()
         buffers = GradientBuffers(self._parameters, group.size)
-        self._data.plan(range(self.step, training.steps), owned_shards(group.rank, group.size, training.num_shards))
+        self.read_ahead(self.step, group.rank, group.size)
         said = self._agree(group)
         said = replace(said, wishes=Wishes(stop=said.wishes.stop))  # a quorum takes a step before it changes, or it might never take one
         while True:
@@ -168,6 +167,11 @@ class StepLoop:
             if ending is not None:
                 return ending
             said = self._step(group, buffers)
+
+    def read_ahead(self, step: int, rank: int, size: int) -> None:
+        """Begin to read what rank `rank` of `size` needs from `step` on; `run` does it, too, and what was read by then is there."""
+        training = self.spec.training
+        self._data.plan(range(step, training.steps), owned_shards(rank, size, training.num_shards))
 
     def _ending(self, wishes: Wishes) -> Ending | None:
         if self.step == self.spec.training.steps:

@@ -15,6 +15,8 @@ from transformers import PreTrainedModel
 from tidepool.models import packed_attention_mask, packed_positions
 from tidepool.training.batch import Batch
 
+_IGNORED = -100
+
 
 def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The summed loss in nats, a float32 scalar, of the batch's targets, each predicted from its document alone."""
@@ -24,8 +26,10 @@ def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
         position_ids=packed_positions(batch.documents_NT),
         use_cache=False,
     ).logits
-    wanted_NT = batch.targets_NT[:, 1:]
-    return cross_entropy(logits_NTV[:, :-1][wanted_NT].float(), batch.tokens_NT[:, 1:][wanted_NT], reduction="sum")
+    # Labels move and not logits, and what is no target is ignored in place: logits are by far the largest, and are never copied.
+    labels_NT = torch.full_like(batch.tokens_NT, _IGNORED)
+    labels_NT[:, :-1] = torch.where(batch.targets_NT[:, 1:], batch.tokens_NT[:, 1:], _IGNORED)
+    return cross_entropy(logits_NTV.flatten(0, 1).float(), labels_NT.flatten(), ignore_index=_IGNORED, reduction="sum")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ Several threads read, because a store answers after a while and many at a time. 
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import islice
+from itertools import chain, islice
 from typing import Generic, TypeVar
 
 _ValueT = TypeVar("_ValueT")
@@ -22,6 +22,7 @@ Key = tuple[int, int]
 
 _NUM_READERS = 8
 _MAX_STEPS = 64
+_FIRST_STEPS, _AT_A_TIME = 2, 2
 _MAX_BYTES = 64 * 2**20
 
 
@@ -33,6 +34,7 @@ class Prefetch(Generic[_ValueT]):
         self._readers: ThreadPoolExecutor | None = None
         self._ahead: dict[Key, Future[_ValueT]] = {}
         self._left: Iterator[Key] = iter(())
+        self._most = 0
         self.waited_s = 0.0
         """How long `take` has waited for data, all in all."""
 
@@ -43,12 +45,15 @@ class Prefetch(Generic[_ValueT]):
         """
         if self._readers is None:
             self._readers = ThreadPoolExecutor(_NUM_READERS, thread_name_prefix="prefetch")
-        wanted, kept = ((step, shard) for step in steps for shard in shards), dict[Key, Future[_ValueT]]()
-        for key in islice(wanted, max(len(shards), min(self._max_shards, _MAX_STEPS * len(shards)))):
-            kept[key] = self._ahead.pop(key) if key in self._ahead else self._readers.submit(self._read, *key)
+        wanted = ((step, shard) for step in steps for shard in shards)
+        self._most = max(len(shards), min(self._max_shards, _MAX_STEPS * len(shards)))
+        window = list(islice(wanted, self._most))
+        kept = {key: self._ahead.pop(key) for key in window if key in self._ahead}
         for reading in self._ahead.values():
             reading.cancel()
-        self._ahead, self._left = kept, wanted
+        self._ahead, self._left = kept, chain([key for key in window if key not in kept], wanted)
+        # The rest comes as these are taken: a quorum that changes has better to do at once than to read for minutes ahead.
+        self._read_on(_FIRST_STEPS * len(shards))
 
     def take(self, step: int, shard: int) -> _ValueT:
         """The samples of a shard of a step. One that was not planned, or that was taken before, is read now. Raises what `read` raises."""
@@ -58,7 +63,7 @@ class Prefetch(Generic[_ValueT]):
             samples = self._read(step, shard)
         else:
             is_ready = reading.done()
-            self._read_next()
+            self._read_on(_AT_A_TIME)
             samples = reading.result()
             if is_ready:
                 return samples
@@ -71,6 +76,7 @@ class Prefetch(Generic[_ValueT]):
             self._readers.shutdown(wait=True, cancel_futures=True)
         self._readers, self._ahead, self._left = None, {}, iter(())
 
-    def _read_next(self) -> None:
-        if self._readers is not None and (key := next(self._left, None)) is not None:
+    def _read_on(self, num_more: int) -> None:
+        assert self._readers is not None
+        for key in islice(self._left, min(num_more, self._most - len(self._ahead))):
             self._ahead[key] = self._readers.submit(self._read, *key)

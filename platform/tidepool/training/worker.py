@@ -134,6 +134,7 @@ class _Part:
         base = Commit.parse(quorum.base) if quorum.base else None
         checkpoints = Checkpoints(self._store, self._task.spec.run, Incarnation(quorum.incarnation, base))
         self._commits.enter(quorum, checkpoints)
+        self._loop.read_ahead(quorum.step, quorum.workers.index(self._member.worker), len(quorum.workers))
         group = self._member.connect(quorum, quorum.workers, "steps")
         self._take_state(quorum, base, checkpoints)
         try:
