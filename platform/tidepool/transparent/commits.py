@@ -26,7 +26,10 @@ STOPPED = 128 + 15
 
 
 class Commits:
-    """Commits the script behind `parts` after `every_s` seconds, or after `every_steps` steps where that is given."""
+    """Commits the script behind `parts` after `every_s` seconds, or after `every_steps` steps where that is given.
+
+    By time, a step that is due while a commit is on its way goes without; by steps, it waits, so that the same steps are committed.
+    """
 
     def __init__(
         self, checkpoints: Checkpoints, parts: Callable[[], dict[str, dict[str, Tensor]]], every_s: float, every_steps: int | None, keep: int
@@ -48,7 +51,8 @@ class Commits:
         """Commit if it is time to; end the process if that is wished. Raises `StoreError` if it was and failed, `SupersededError`."""
         if self._on_its_way is not None and self._on_its_way.done():
             self._settle()
-        if self.is_stop_wished or (self._on_its_way is None and self._is_due(num_steps)):
+        can_wait = self._every_steps is None and not self.is_stop_wished
+        if self.is_stop_wished or (self._is_due(num_steps) and not (can_wait and self._on_its_way is not None)):
             self._commit(num_steps)
 
     def close(self) -> None:

@@ -48,6 +48,8 @@ class Session:
         self._arrive, self._on_step = arrive, on_step
         self._thread = threading.get_ident()
         self._mode = _Operations(self)
+        # No backward pass frees the graphs of a replay, so they must not hold on to memory that was free.
+        self._graphs_keep_nothing = torch.autograd.graph.saved_tensors_hooks(_keep_nothing, _give_nothing)
         self._is_running = False
         self._num_closed = 0
         self._num_in_step = 0
@@ -63,9 +65,13 @@ class Session:
         """The script runs in here."""
         self._is_running = True
         self._mode.__enter__()
+        if self.is_replaying:
+            self._graphs_keep_nothing.__enter__()
         try:
             yield
         finally:
+            if self.is_replaying:
+                self._graphs_keep_nothing.__exit__()
             self._mode.__exit__(None, None, None)
             self._is_running = False
 
@@ -182,6 +188,7 @@ class Session:
             return
         self.expect("step")
         if self.journal.num_left == 0:
+            self._graphs_keep_nothing.__exit__()
             with self.outside():
                 self._arrive()
             self.is_replaying = False
@@ -279,6 +286,14 @@ class _History(torch.autograd.Function):
             "A gradient was asked for through something that was computed before the last commit. Commits wait for such graphs to be used, "
             "for some steps; this one was kept for longer. Call backward() within the same step, or compute under torch.no_grad()."
         )
+
+
+def _keep_nothing(tensor: Tensor) -> None:
+    return None
+
+
+def _give_nothing(nothing: None) -> Tensor:
+    raise RuntimeError("Trying to backward through the graph a second time, or through what was computed before the last commit.")
 
 
 def _empty_with_history(*form: Any) -> Tensor:
