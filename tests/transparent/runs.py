@@ -41,7 +41,13 @@ def start_plainly(script: Path, folder: Path, *arguments: str) -> Outcome:
 
 
 def start(
-    script: Path, folder: Path, *arguments: str, options: Sequence[str] = (), kill_at: int = 0, main: str = "tidepool.run", **environment: str
+    script: Path,
+    folder: Path,
+    *arguments: str,
+    options: Sequence[str] = (),
+    kill_at: int = 0,
+    main: str = "tidepool.run",
+    **environment: str,
 ) -> Outcome:
     """`python -m tidepool.run ... script.py ...` in a folder; killed when it has said that step `kill_at` or a later one is committed."""
     command = [sys.executable, "-m", main, "--run", "r", "--store", f"file://{folder}/store", *options, str(script), *arguments]

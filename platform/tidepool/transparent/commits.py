@@ -32,7 +32,12 @@ class Commits:
     """
 
     def __init__(
-        self, checkpoints: Checkpoints, parts: Callable[[], dict[str, dict[str, Tensor]]], every_s: float, every_steps: int | None, keep: int
+        self,
+        checkpoints: Checkpoints,
+        parts: Callable[[], dict[str, dict[str, Tensor]]],
+        every_s: float,
+        every_steps: int | None,
+        keep: int,
     ) -> None:
         self._checkpoints, self._parts, self._keep = checkpoints, parts, keep
         self._every_s, self._every_steps = every_s, every_steps

@@ -1,10 +1,12 @@
 """Backward passes and optimizers: each is left out as a whole in a replay, and its new memory made empty.
 
-Leaves are what gradients gather in: the parameters of modules and of optimizers, in the order in which they were first seen. A
+Leaves are what gradients gather in: the parameters of modules and of optimizers, and what `requires_grad_()` was called of, in
+the order in which they were first seen. A
 pass may give some of them a new gradient; an optimizer's step may make new tensors of its state. Both are named by place, so the
 same ones are made again.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ref
@@ -28,19 +30,28 @@ class Gradients:
 
     def __init__(self, session: Session, modules: Modules) -> None:
         self._session, self._modules = session, modules
-        self._leaves: list[Callable[[], Tensor | None]] = []
+        self._leaves: dict[int, Callable[[], Tensor | None]] = {}
+        self._num_leaves = 0
         self._by_id: dict[int, int] = {}
         self._optimizers: list[Callable[[], Optimizer | None]] = []
         self._num_passes = 0
+        self.left_out: set[int] = set()
+        """The optimizers a step of which is left out in a replay."""
 
     def seen(self, parameter: Any) -> None:
-        """A tensor that is a parameter of a module or of an optimizer."""
+        """A tensor that gradients may gather in."""
         if not isinstance(parameter, Tensor):
             return
         number = self._by_id.get(id(parameter))
-        if number is None or self._leaves[number]() is not parameter:
-            self._by_id[id(parameter)] = len(self._leaves)
-            self._leaves.append(ref(parameter))
+        if number is not None and self._is_leaf(number, parameter):
+            return
+        number = self._num_leaves
+        self._num_leaves += 1
+        self._by_id[id(parameter)] = number
+        self._leaves[number] = ref(parameter, lambda _: self._leaves.pop(number))
+
+    def _is_leaf(self, number: int, tensor: Tensor) -> bool:
+        return number in self._leaves and self._leaves[number]() is tensor
 
     def made(self, optimizer: Optimizer) -> None:
         """An optimizer was made."""
@@ -56,20 +67,22 @@ class Gradients:
             self._look_at(tensors_in([arguments[0] if arguments else options.get("tensors")]))
         session.closed(("backward",), lambda: original(*arguments, **options), tensors_in([*arguments[:2], *options.values()]))
         if session.is_replaying:
-            for number, form in session.expect("gradients")[0][1]:
+            (_, forms), payload = session.expect("gradients")
+            for number, form in zip(json.loads(payload), forms, strict=True):
                 leaf = self._leaves[number]()
                 assert leaf is not None, "a leaf that was in use"
                 with session.outside():
                     leaf.grad = empty(*form[1:])
                 session.ledger.add(leaf.grad)
             return None
-        made = []
-        for number, known in enumerate(self._leaves):
+        numbers, forms = [], []
+        for number, known in list(self._leaves.items()):
             leaf = known()
             if leaf is not None and leaf.grad is not None and (leaf.grad.layout != torch.strided or not session.ledger.holds(leaf.grad)):
-                made.append((number, self._outline(leaf.grad)))
+                numbers.append(number)
+                forms.append(self._outline(leaf.grad))
                 session.ledger.add(leaf.grad)
-        session.journal.note(("gradients", tuple(made)))
+        session.journal.note(("gradients", tuple(forms)), json.dumps(numbers).encode())
         return None
 
     def grad(self, original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -101,6 +114,7 @@ class Gradients:
 
     def _note_state(self, optimizer: Optimizer, number: int) -> None:
         session = self._session
+        self.left_out.add(number)
         parameters = parameters_of(optimizer)
         for parameter in parameters:
             session.ledger.add(parameter)
@@ -131,10 +145,10 @@ class Gradients:
         self._modules.refuse_backward_hooks()
         for leaf in _leaves_of(roots):
             number = self._by_id.get(id(leaf))
-            if number is None or self._leaves[number]() is not leaf:
+            if number is None or not self._is_leaf(number, leaf):
                 raise ScriptError(
                     f"backward() gives a gradient to a tensor of the shape {tuple(leaf.shape)} that is in no module and no optimizer: a replay "
-                    "would not find it. Make it a torch.nn.Parameter of a module, or use torch.autograd.grad()."
+                    "would not find it. Call requires_grad_() of it, make it a torch.nn.Parameter, or use torch.autograd.grad()."
                 )
             if leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None):
                 raise ScriptError(

@@ -73,6 +73,8 @@ def patched(session: Session, modules: Modules, gradients: Gradients, loaders: L
         put(Optimizer, "_patch_step_function", functools.partial(_wrap_step, stack, gradients))
         # A group may be added at any time, and its parameters are leaves.
         put(Optimizer, "add_param_group", functools.partial(_add_group, gradients))
+        # So may a tensor that is no parameter be.
+        put(Tensor, "requires_grad_", functools.partial(_ask_gradient, gradients))
         put(LRScheduler, "__init__", functools.partial(_make_scheduler, schedulers))
         # Numbers leave tensors in these ways, too.
         for name in _READS:
@@ -129,6 +131,13 @@ def _add_group(gradients: Gradients, original: Callable[..., None], optimizer: O
     original(optimizer, group)
     for parameter in optimizer.param_groups[-1]["params"]:
         gradients.seen(parameter)
+
+
+def _ask_gradient(gradients: Gradients, original: Callable[..., Tensor], tensor: Tensor, *given: Any, **named: Any) -> Tensor:
+    result = original(tensor, *given, **named)
+    if tensor.requires_grad and tensor.is_leaf and not isinstance(tensor, torch.nn.Parameter):
+        gradients.seen(tensor)
+    return result
 
 
 def _make_scheduler(schedulers: Schedulers, original: Callable[..., None], scheduler: LRScheduler, *given: Any, **named: Any) -> None:

@@ -277,8 +277,8 @@ class _History(torch.autograd.Function):
     """Stands where a result came from that was not computed: it asks for a gradient and cannot give one."""
 
     @staticmethod
-    def forward(context: Any, anchor: Tensor, value: Tensor) -> Tensor:  # type: ignore[override]
-        return value.view_as(value)
+    def forward(context: Any, anchor: Tensor, form: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+        return empty(*form)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
@@ -297,11 +297,10 @@ def _give_nothing(nothing: None) -> Tensor:
 
 
 def _empty_with_history(*form: Any) -> Tensor:
-    tensor = empty(*form)
     if not form[-1]:
-        return tensor
+        return empty(*form)
     with torch.enable_grad():
-        made: Tensor = _History.apply(torch.zeros((), requires_grad=True), tensor)  # type: ignore[no-untyped-call]
+        made: Tensor = _History.apply(torch.zeros((), requires_grad=True), form)  # type: ignore[no-untyped-call]
     return made
 
 

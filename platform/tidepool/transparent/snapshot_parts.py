@@ -82,7 +82,9 @@ class Script:
             "iterators": self.loaders.really(),
             "modules": [attributes.describe(one) for one in self.modules.live()],
             "datasets": {str(number): attributes.describe(one, _DATASET_DEPTH) for number, one in self.loaders.datasets()},
-            "optimizers": {str(number): _describe_optimizer(one) for number, one in self.gradients.optimizers()},
+            "optimizers": {
+                str(number): _describe_optimizer(one, number in self.gradients.left_out) for number, one in self.gradients.optimizers()
+            },
             "schedulers": {str(number): _plain(one.state_dict()) for number, one in self.schedulers.live()},
         }
 
@@ -90,7 +92,9 @@ class Script:
         for number, scheduler in self.schedulers.live():
             now = json.loads(_to_json(_plain(scheduler.state_dict())))
             if now != details["schedulers"].get(str(number)):
-                raise ReplayError(f"{type(scheduler).__name__} is not where it was: {now} and not {details['schedulers'].get(str(number))}.")
+                raise ReplayError(
+                    f"{type(scheduler).__name__} is not where it was: {now} and not {details['schedulers'].get(str(number))}."
+                )
         for module, described in zip(self.modules.live(), details["modules"], strict=True):
             attributes.restore(module, described)
         for number, dataset in self.loaders.datasets():
@@ -99,12 +103,17 @@ class Script:
             _restore_optimizer(optimizer, details["optimizers"][str(number)])
 
 
-def _describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
+def _describe_optimizer(optimizer: Optimizer, is_left_out: bool) -> dict[str, Any]:
     values = []
-    for position, parameter in enumerate(parameters_of(optimizer)):
+    for position, parameter in enumerate(parameters_of(optimizer) if is_left_out else []):
         for key, value in optimizer.state.get(parameter, {}).items():
-            if not isinstance(value, Tensor):
+            if value is None or isinstance(value, bool | int | float | str):
                 values.append([position, key, value])
+            elif not isinstance(value, Tensor):
+                raise ScriptError(
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} in its state ({key}), which is no tensor and no number: the "
+                    "script cannot be made resumable with it."
+                )
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return {"state": values, "groups": [_plain(group) for group in groups], "attributes": attributes.describe(optimizer)}
 
@@ -112,7 +121,6 @@ def _describe_optimizer(optimizer: Optimizer) -> dict[str, Any]:
 def _restore_optimizer(optimizer: Optimizer, described: dict[str, Any]) -> None:
     parameters = parameters_of(optimizer)
     for position, key, value in described["state"]:
-        optimizer.state[parameters[position]].setdefault(key, value)
         optimizer.state[parameters[position]][key] = value
     groups = json.loads(_to_json([_plain({k: v for k, v in group.items() if k != "params"}) for group in optimizer.param_groups]))
     if groups != described["groups"]:
