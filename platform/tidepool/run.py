@@ -13,23 +13,25 @@ from pathlib import Path
 
 from tidepool.errors import TidepoolError
 from tidepool.specs import STORE_VARIABLE
-from tidepool.transparent import Options, execute
 
 _HASH_SEED = "PYTHONHASHSEED"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit status."""
+    from tidepool.transparent import Options, execute  # after the hash seed: PyTorch takes seconds, and would be loaded twice
+
     logging.basicConfig(level=logging.WARNING, format="tidepool.run: %(message)s")
     try:
-        execute(_options(arguments))
+        given = _parse(arguments)
+        execute(Options(given.script, given.arguments, given.run, given.store, given.every_s, given.every_steps, given.keep))
     except TidepoolError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _options(arguments: Sequence[str] | None) -> Options:
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tidepool.run", description="Run a PyTorch script that goes on where it was killed.")
     parser.add_argument("--run", required=True, help="the name of this run: the same name goes on with it")
     parser.add_argument("--store", default=os.environ.get(STORE_VARIABLE), help=f"URL of the object store (default: ${STORE_VARIABLE})")
@@ -41,7 +43,7 @@ def _options(arguments: Sequence[str] | None) -> Options:
     given = parser.parse_args(arguments)
     if not given.store:
         parser.error(f"give --store URL, or set {STORE_VARIABLE}")
-    return Options(given.script, given.arguments, given.run, given.store, given.every_s, given.every_steps, given.keep)
+    return given
 
 
 def _fix_hash_seed() -> None:

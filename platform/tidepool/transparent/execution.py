@@ -25,7 +25,6 @@ from tidepool.storage import ObjectStore, get_json, open_store, put_json
 from tidepool.transparent.commits import STOPPED, Commits
 from tidepool.transparent.gradients import Gradients
 from tidepool.transparent.identity import identify, refuse_several_processes, seed_everything, settle_identity, warn_of_cuda
-from tidepool.transparent.journal import Journal
 from tidepool.transparent.loaders import Loaders
 from tidepool.transparent.modules import Modules
 from tidepool.transparent.patches import Schedulers, patched
@@ -87,7 +86,7 @@ class _Start:
         modules = Modules(self._session)
         gradients = Gradients(self._session, modules)
         loaders = Loaders(self._session, iterators_of(saved))
-        self._script = Script(self._session, modules, gradients, loaders, Schedulers())
+        self._script = Script(options.script.resolve().parent, self._session, modules, gradients, loaders, Schedulers())
         self._commits = Commits(checkpoints, self._script.parts, options.every_s, options.every_steps, options.keep)
 
     def run(self) -> int:

@@ -61,7 +61,8 @@ class Gradients:
         """What `torch.autograd.backward` does."""
         session = self._session
         if not session.is_watching:
-            return original(*arguments, **options)
+            original(*arguments, **options)
+            return
         if not session.is_replaying and self._num_passes < _PASSES_LOOKED_AT:
             self._num_passes += 1
             self._look_at(tensors_in([arguments[0] if arguments else options.get("tensors")]))
@@ -74,7 +75,7 @@ class Gradients:
                 with session.outside():
                     leaf.grad = empty(*form[1:])
                 session.ledger.add(leaf.grad)
-            return None
+            return
         numbers, forms = [], []
         for number, known in list(self._leaves.items()):
             leaf = known()
@@ -83,7 +84,6 @@ class Gradients:
                 forms.append(self._outline(leaf.grad))
                 session.ledger.add(leaf.grad)
         session.journal.note(("gradients", tuple(forms)), json.dumps(numbers).encode())
-        return None
 
     def grad(self, original: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         """What `torch.autograd.grad` does."""
@@ -95,6 +95,7 @@ class Gradients:
         """What the `step` of an optimizer's class does."""
         session = self._session
         if not session.is_watching:
+            session.refuse_threads()
             return original(optimizer, *arguments, **options)
         has_closure = any(one is not None for one in [*arguments, *options.values()])
         number = next(number for number, one in self.optimizers() if one is optimizer)
@@ -147,13 +148,13 @@ class Gradients:
             number = self._by_id.get(id(leaf))
             if number is None or not self._is_leaf(number, leaf):
                 raise ScriptError(
-                    f"backward() gives a gradient to a tensor of the shape {tuple(leaf.shape)} that is in no module and no optimizer: a replay "
-                    "would not find it. Call requires_grad_() of it, make it a torch.nn.Parameter, or use torch.autograd.grad()."
+                    f"backward() gives a gradient to a tensor of the shape {tuple(leaf.shape)} that is in no module and no optimizer: a "
+                    "replay would not find it. Call requires_grad_() of it, make it a torch.nn.Parameter, or use torch.autograd.grad()."
                 )
             if leaf._backward_hooks or getattr(leaf, "_post_accumulate_grad_hooks", None):
                 raise ScriptError(
-                    f"A parameter of the shape {tuple(leaf.shape)} has a hook on its gradient (register_hook): a replay leaves the backward pass "
-                    "out, so the script cannot be made resumable. Change gradients between backward() and step() instead."
+                    f"A parameter of the shape {tuple(leaf.shape)} has a hook on its gradient (register_hook): a replay leaves the "
+                    "backward pass out, so the script cannot be made resumable. Change gradients between backward() and step() instead."
                 )
 
 

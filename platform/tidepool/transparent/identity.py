@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,25 @@ def settle_identity(store: ObjectStore, run: str, now: Mapping[str, Any]) -> dic
             f"Run {run} began with something else: {listed}. It would not end with the same bits. Restore that, or choose another --run."
         )
     return began
+
+
+def sources_beside(folder: Path) -> dict[str, str]:
+    """The sha256 of each module in use that lies in or below the script's folder."""
+    found = {}
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and file.endswith(".py") and Path(file).is_relative_to(folder) and "site-packages" not in Path(file).parts:
+            found[str(Path(file).relative_to(folder))] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found
+
+
+def refuse_changed_sources(began: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise `SpecChangedError` if a file that both of them use is not the same."""
+    changed = sorted(name for name in began.keys() & now.keys() if began[name] != now[name])
+    if changed:
+        raise SpecChangedError(
+            f"Since the last commit {', '.join(changed)} changed, which the script uses. Restore that, or start anew under another --run."
+        )
 
 
 def refuse_several_processes(environment: Mapping[str, str]) -> None:

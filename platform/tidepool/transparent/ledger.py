@@ -31,7 +31,7 @@ class Ledger:
         number = self._num_given
         self._num_given += 1
         self._numbers[storage._cdata] = number
-        self._references[number] = StorageWeakRef(storage)
+        self._references[number] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         if self._num_given % _PRUNE_EVERY == 0:
             self._prune()
         return number
@@ -49,7 +49,7 @@ class Ledger:
                 yield number, torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
     def _prune(self) -> None:
-        dead = {number for number, reference in self._references.items() if reference.expired()}
+        dead = {number for number, reference in self._references.items() if reference.expired()}  # type: ignore[no-untyped-call]
         self._numbers = {address: number for address, number in self._numbers.items() if number not in dead}
         for number in dead:
             del self._references[number]

@@ -9,7 +9,7 @@ Invariants:
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -158,7 +158,7 @@ class _StandIn:
     def __init__(self, loader: DataLoader[Any]) -> None:
         self._sampler_iter = iter(loader._index_sampler)
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator).item()  # the seed of the workers
-        self._length = len(loader)
+        self._loader = loader
         self._num_yielded = self._num_ahead = 0
         for _ in range((loader.prefetch_factor or 2) * loader.num_workers):
             self._look_ahead()
@@ -177,10 +177,10 @@ class _StandIn:
         return self
 
     def __next__(self) -> Any:
-        return _BaseDataLoaderIter.__next__(self)  # the patched one
+        return _BaseDataLoaderIter.__next__(cast(Any, self))  # the patched one
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._loader)
 
 
 def _try_next(function: Callable[[Any], Any], iterator: Any, session: Session | None) -> tuple[bool, Any]:
@@ -202,7 +202,7 @@ def _has_values(form: Any) -> bool:
 
 def _num_uses(tensor: Tensor) -> int:
     storage = tensor.untyped_storage()
-    return int(torch._C._storage_Use_Count(storage._cdata))  # type: ignore[attr-defined]
+    return int(torch._C._storage_Use_Count(storage._cdata))
 
 
 def _bytes(state: Tensor) -> bytes:

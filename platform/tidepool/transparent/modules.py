@@ -11,7 +11,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
@@ -24,11 +24,15 @@ _LIBRARIES = tuple(str(Path(sysconfig.get_path(name)).resolve()) for name in ("p
 _DRAWS_NOTHING = ("torch.nn.modules.",)
 
 
-@functools.cache
 def is_of_a_library(kind: type) -> bool:
     """Whether a class is of an installed library, rather than of the script or what lies beside it."""
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    return kind.__module__ != "__main__" and file is not None and str(Path(file).resolve()).startswith(_LIBRARIES)
+    return _is_library(kind.__module__)
+
+
+@functools.cache
+def _is_library(module: str) -> bool:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return module != "__main__" and file is not None and str(Path(file).resolve()).startswith(_LIBRARIES)
 
 
 class Modules:
@@ -48,6 +52,7 @@ class Modules:
     def call(self, original: Callable[..., Any], module: nn.Module, *arguments: Any, **options: Any) -> Any:
         """What `module(*arguments, **options)` does."""
         if not self._session.is_watching:
+            self._session.refuse_threads()
             return original(module, *arguments, **options)
         known = self._known.get(module)
         if known is None or known.version != self._version:
@@ -93,8 +98,8 @@ class Modules:
         for module in self._all:
             if module._backward_hooks or module._backward_pre_hooks:
                 raise ScriptError(
-                    f"{type(module).__name__} has a hook in the backward pass (register_full_backward_hook): a replay leaves that pass out, so "
-                    "the script cannot be made resumable. Read the gradients after backward() instead."
+                    f"{type(module).__name__} has a hook in the backward pass (register_full_backward_hook): a replay leaves that pass "
+                    "out, so the script cannot be made resumable. Read the gradients after backward() instead."
                 )
 
 
@@ -102,11 +107,10 @@ class _Known:
     def __init__(self, module: nn.Module, version: int, before: "_Known | None") -> None:
         self.version = version
         self.tree = [one for one in module.modules() if one is not module]
-        self._own = module.__class__
-        self._module_of = _weakly(module)
+        self._module_of = ref(module)
         self.is_library = all(is_of_a_library(type(one)) for one in [module, *self.tree])
-        self.is_tried = before is not None and before.is_tried
-        self.is_closed = self.is_library and before is not None and before.is_closed
+        self.is_tried: bool = before is not None and before.is_tried
+        self.is_closed: bool = self.is_library and before is not None and before.is_closed
         self.may_draw = not all(type(one).__module__.startswith(_DRAWS_NOTHING) for one in [module, *self.tree])
         self.what = ("call", f"{type(module).__module__}.{type(module).__qualname__}")
         self._is_noted = False
@@ -140,9 +144,3 @@ class _Known:
     def _modules(self) -> list[nn.Module]:
         module = self._module_of()
         return [module, *self.tree] if module is not None else self.tree
-
-
-def _weakly(module: nn.Module) -> Callable[[], nn.Module | None]:
-    import weakref
-
-    return weakref.ref(module)

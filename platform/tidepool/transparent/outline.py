@@ -108,10 +108,10 @@ def _view(source: Tensor, size: Sequence[int], stride: Sequence[int], offset: in
 
 
 def empty(
-    size: Sequence[int], stride: Sequence[int], offset: int, dtype: str, device: str, num_bytes: int, requires_grad: bool = False
+    size: Sequence[int], stride: Sequence[int], offset: int, dtype: str, device: str, num_bytes: int, _asks_gradient: bool = False
 ) -> Tensor:
     """A tensor with memory of its own that holds nothing yet."""
-    storage = torch.UntypedStorage(num_bytes, device=device)
+    storage = torch.UntypedStorage(num_bytes, device=device)  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=_dtype(dtype), device=device).set_(storage, offset, size, stride)
 
 

@@ -89,7 +89,7 @@ def patched(session: Session, modules: Modules, gradients: Gradients, loaders: L
 
 
 def _add_hooks(stack: ExitStack, modules: Modules, gradients: Gradients) -> None:
-    def parameter_seen(module: torch.nn.Module, name: str, parameter: Any) -> None:
+    def parameter_seen(module: torch.nn.Module, _name: str, parameter: Any) -> None:
         modules.seen(module)
         gradients.seen(parameter)
 
@@ -176,5 +176,5 @@ def _load(session: Session, original: Callable[..., Any], *arguments: Any, **opt
     return loaded
 
 
-def _refuse(reason: str, original: Callable[..., Any], *arguments: Any, **options: Any) -> NoReturn:
+def _refuse(reason: str, *_arguments: Any, **_options: Any) -> NoReturn:
     raise ScriptError(f"The script {reason}: it cannot be made resumable. Take that out, or run it without tidepool.run.")

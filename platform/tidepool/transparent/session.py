@@ -53,6 +53,7 @@ class Session:
         self._is_running = False
         self._num_closed = 0
         self._num_in_step = 0
+        self._failure: ScriptError | None = None
         self.has_skipped = False  # the default generators are not where they would be
 
     @property
@@ -60,11 +61,19 @@ class Session:
         """Whether what runs now is the script's own Python, in the thread that runs the script."""
         return self._is_running and self._num_closed == 0 and threading.get_ident() == self._thread
 
+    def refuse_threads(self) -> None:
+        """What computes now is not the script's thread: let the script end at its next step, with the reason."""
+        if self._is_running and self._num_closed == 0 and threading.get_ident() != self._thread:
+            self._failure = ScriptError(
+                f"The script computes in a thread of its own ({threading.current_thread().name}), in an order that no replay can keep: "
+                "it cannot be made resumable. Compute in the main thread, or run it without tidepool.run."
+            )
+
     @contextmanager
     def running(self) -> Iterator[None]:
         """The script runs in here."""
         self._is_running = True
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         if self.is_replaying:
             self._graphs_keep_nothing.__enter__()
         try:
@@ -72,7 +81,7 @@ class Session:
         finally:
             if self.is_replaying:
                 self._graphs_keep_nothing.__exit__()
-            self._mode.__exit__(None, None, None)
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._is_running = False
 
     def stop(self) -> None:
@@ -88,11 +97,11 @@ class Session:
                 "meanwhile. Take that out, or run it without tidepool.run."
             )
         self._num_closed += 1
-        self._mode.__exit__(None, None, None)
+        self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            self._mode.__enter__()
+            self._mode.__enter__()  # type: ignore[no-untyped-call]
             self._num_closed -= 1
 
     @contextmanager
@@ -102,11 +111,11 @@ class Session:
             yield
             return
         num_closed, self._num_closed = self._num_closed, 0
-        self._mode.__enter__()
+        self._mode.__enter__()  # type: ignore[no-untyped-call]
         try:
             yield
         finally:
-            self._mode.__exit__(None, None, None)
+            self._mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self._num_closed = num_closed
 
     def skips(self) -> None:
@@ -181,6 +190,8 @@ class Session:
         return result
 
     def _end_step(self) -> None:
+        if self._failure is not None:
+            raise self._failure
         self.num_steps += 1
         if not self.is_replaying:
             self.journal.note(("step",))
@@ -247,11 +258,11 @@ class Session:
             self.generators.append(generator)
 
 
-class _Operations(TorchDispatchMode):
+class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Gives each operation to the session."""
 
     def __init__(self, session: Session) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._session = session
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -277,22 +288,22 @@ class _History(torch.autograd.Function):
     """Stands where a result came from that was not computed: it asks for a gradient and cannot give one."""
 
     @staticmethod
-    def forward(context: Any, anchor: Tensor, form: tuple[Any, ...]) -> Tensor:  # type: ignore[override]
+    def forward(_context: Any, _anchor: Tensor, form: tuple[Any, ...]) -> Tensor:
         return empty(*form)
 
     @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> Any:  # type: ignore[override]
+    def backward(_context: Any, *_gradients: Tensor) -> Any:
         raise ReplayError(
             "A gradient was asked for through something that was computed before the last commit. Commits wait for such graphs to be used, "
             "for some steps; this one was kept for longer. Call backward() within the same step, or compute under torch.no_grad()."
         )
 
 
-def _keep_nothing(tensor: Tensor) -> None:
+def _keep_nothing(_tensor: Tensor) -> None:
     return None
 
 
-def _give_nothing(nothing: None) -> Tensor:
+def _give_nothing(_nothing: None) -> Tensor:
     raise RuntimeError("Trying to backward through the graph a second time, or through what was computed before the last commit.")
 
 

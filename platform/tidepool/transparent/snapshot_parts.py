@@ -12,6 +12,7 @@ Invariants:
 
 import gc
 import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from tidepool.errors import ReplayError, ScriptError
 from tidepool.transparent import attributes
 from tidepool.transparent.gradients import Gradients, parameters_of
 from tidepool.transparent.host_random import HostRandom
+from tidepool.transparent.identity import refuse_changed_sources, sources_beside
 from tidepool.transparent.journal import Journal
 from tidepool.transparent.loaders import Loaders
 from tidepool.transparent.modules import Modules
@@ -34,7 +36,10 @@ _DATASET_DEPTH = 4
 class Script:
     """All that is known of the running script, as one thing to take snapshots of."""
 
-    def __init__(self, session: Session, modules: Modules, gradients: Gradients, loaders: Loaders, schedulers: Schedulers) -> None:
+    def __init__(
+        self, folder: Path, session: Session, modules: Modules, gradients: Gradients, loaders: Loaders, schedulers: Schedulers
+    ) -> None:
+        self._folder = folder
         self.session, self.modules, self.gradients = session, modules, gradients
         self.loaders, self.schedulers = loaders, schedulers
 
@@ -50,6 +55,7 @@ class Script:
     def put_back(self, memory: dict[str, Tensor], journal: dict[str, Tensor]) -> None:
         """The inverse of `parts`, where a replay arrives. Raises `ReplayError`."""
         details = json.loads(bytes(journal["details"].numpy()))
+        refuse_changed_sources(details["sources"], sources_beside(self._folder))
         gc.collect()
         self._put_memory_back(memory)
         if len(self.session.generators) != sum(name.startswith("generator-") for name in journal):
@@ -79,6 +85,7 @@ class Script:
     def _details(self) -> dict[str, Any]:
         return {
             "random": HostRandom.now().to_json(),
+            "sources": sources_beside(self._folder),
             "iterators": self.loaders.really(),
             "modules": [attributes.describe(one) for one in self.modules.live()],
             "datasets": {str(number): attributes.describe(one, _DATASET_DEPTH) for number, one in self.loaders.datasets()},
@@ -95,7 +102,10 @@ class Script:
                 raise ReplayError(
                     f"{type(scheduler).__name__} is not where it was: {now} and not {details['schedulers'].get(str(number))}."
                 )
-        for module, described in zip(self.modules.live(), details["modules"], strict=True):
+        modules = list(self.modules.live())
+        if len(modules) != len(details["modules"]):
+            raise ReplayError(f"The script has {len(modules)} modules where it had {len(details['modules'])}: it went another way.")
+        for module, described in zip(modules, details["modules"], strict=True):
             attributes.restore(module, described)
         for number, dataset in self.loaders.datasets():
             attributes.restore(dataset, details["datasets"][str(number)])
@@ -111,8 +121,8 @@ def _describe_optimizer(optimizer: Optimizer, is_left_out: bool) -> dict[str, An
                 values.append([position, key, value])
             elif not isinstance(value, Tensor):
                 raise ScriptError(
-                    f"{type(optimizer).__name__} keeps a {type(value).__name__} in its state ({key}), which is no tensor and no number: the "
-                    "script cannot be made resumable with it."
+                    f"{type(optimizer).__name__} keeps a {type(value).__name__} in its state ({key}), which is no tensor and no number: "
+                    "the script cannot be made resumable with it."
                 )
     groups = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     return {"state": values, "groups": [_plain(group) for group in groups], "attributes": attributes.describe(optimizer)}
@@ -152,7 +162,7 @@ def _as_tensor(data: bytes) -> Tensor:
 
 def _random_states() -> dict[str, Tensor]:
     states = {"random-cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states |= {f"random-cuda-{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
     return states
 

@@ -34,7 +34,9 @@ def main():
     torch.manual_seed(5)
     loader = DataLoader(Text(), batch_size=6, shuffle=True, num_workers=2)
     model = Model()
-    optimizer = torch.optim.Adam([{"params": model.embed.parameters(), "lr": 1e-2}, {"params": [*model.rnn.parameters(), *model.head.parameters()]}])
+    optimizer = torch.optim.Adam(
+        [{"params": model.embed.parameters(), "lr": 1e-2}, {"params": [*model.rnn.parameters(), *model.head.parameters()]}]
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=4)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5)
     state = None
