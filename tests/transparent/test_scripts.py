@@ -1,8 +1,7 @@
 """Scripts as people write them, killed and started again, end with the same bits and the same words as ones that were left alone."""
 
-import torch
-
 import pytest
+import torch
 
 from tests.transparent.runs import SCRIPTS, Starter
 from tidepool.checkpoint import RunLog, verify
@@ -12,7 +11,7 @@ CASES = [
     # Each kill comes when a step like this one, or a later one, has been committed.
     pytest.param("epochs.py", 7, [r"step 7$", r"step 35$", r"step 56$"], id="epochs"),
     pytest.param("iterator.py", 6, [r"step 6$", r"step 24$", r"step 42$"], id="iterator"),
-    pytest.param("accumulation.py", 4, [r"step 4$", r"step 16$", r"step 24$"], id="accumulation-amp-workers"),
+    pytest.param("accumulation.py", 2, [r"step 2$", r"step 6$", r"step 12$"], id="accumulation-amp-workers"),
     pytest.param("gan.py", 9, [r"step 10$", r"step 30$", r"step 60$"], id="gan"),
     pytest.param("oddities.py", 4, [r"step 8$", r"step 16$", r"step 32$"], id="oddities"),
     pytest.param("trainer.py", 3, [r"step 3$", r"step 6$", r"step 12$"], id="trainer"),

@@ -1,7 +1,8 @@
 """Whether a gradient may still be asked for through what was computed before: then a snapshot has to wait for a later step.
 
-A graph that was used by `backward` has given its tensors away, and PyTorch refuses to use it again. So a tensor whose graph has
-one such node is a value and nothing more. A graph without one may still be used (a GAN's `fake` between two optimizers).
+A graph that was used by `backward` has given its tensors away, and one whose tensors were changed since is of no use: PyTorch
+refuses both. So a tensor whose graph has one such node is a value and nothing more. A graph without one may still be used (a GAN's
+`fake` between two optimizers).
 """
 
 import gc
@@ -9,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-_USED = "a second time"
+_UNUSABLE = ("a second time", "modified by an inplace operation")
 
 
 def pending_graphs() -> list[Tensor]:
@@ -37,7 +38,7 @@ def _has_given_away(node: Any) -> bool:
         try:
             getattr(node, name)
         except RuntimeError as error:
-            if _USED not in str(error):
+            if not any(one in str(error) for one in _UNUSABLE):
                 raise
             return True
     return False

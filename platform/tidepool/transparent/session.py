@@ -18,6 +18,7 @@ Invariants:
 """
 
 import threading
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -32,6 +33,11 @@ from tidepool.transparent.journal import Descriptor, Journal
 from tidepool.transparent.ledger import Ledger
 from tidepool.transparent.operations import Operation, operation
 from tidepool.transparent.outline import OpaqueError, empty, outline, rebuild, tensors_in
+
+_SAME = (
+    "Something that it depends on is not the same in every start (the time, a file that has changed, the order of a folder). Make it "
+    "so, or start anew under another --run."
+)
 
 
 class Session:
@@ -53,6 +59,7 @@ class Session:
         self._is_running = False
         self._num_closed = 0
         self._num_in_step = 0
+        self._not_skipped = 0  # a checksum of the operations that are no events
         self._failure: ScriptError | None = None
         self.has_skipped = False  # the default generators are not where they would be
 
@@ -168,8 +175,7 @@ class Session:
         if descriptor[: len(wanted)] != wanted:
             raise ReplayError(
                 f"Between steps {self.num_steps} and {self.num_steps + 1} the script did not do again what it did before: "
-                f"{_short(wanted)} where it was {_short(descriptor)}. Something that it depends on is not the same in every "
-                "start (the time, a file that has changed, the order of a folder). Make it so, or start anew under another --run."
+                f"{_short(wanted)} where it was {_short(descriptor)}. {_SAME}"
             )
         return descriptor, payload
 
@@ -194,10 +200,14 @@ class Session:
             raise self._failure
         self.num_steps += 1
         if not self.is_replaying:
-            self.journal.note(("step",))
+            self.journal.note(("step",), self._not_skipped.to_bytes(4, "little"))
             self._on_step()
             return
-        self.expect("step")
+        if self.expect("step")[1] != self._not_skipped.to_bytes(4, "little"):
+            raise ReplayError(
+                f"Up to step {self.num_steps} the script did not do again what it did before: operations that depend on nothing computed, "
+                f"such as the preparation of data, were others. {_SAME}"
+            )
         if self.journal.num_left == 0:
             self._graphs_keep_nothing.__exit__()
             with self.outside():
@@ -221,7 +231,11 @@ class Session:
         about = operation(function)
         tensors = tensors_in([*arguments, *options.values()])
         generator = about.generator_of(arguments, options)
-        if about.is_view or not self._is_skippable(about, tensors, generator):
+        if about.is_view:
+            return function(*arguments, **options)
+        if not self._is_skippable(about, tensors, generator):
+            shapes = ",".join(str(tuple(one.shape)) for one in tensors)
+            self._not_skipped = zlib.crc32(f"{about.name}{shapes}".encode(), self._not_skipped)
             return function(*arguments, **options)
         if about.is_random:
             self.skips()
