@@ -29,7 +29,7 @@ from tidepool.transparent.loaders import Loaders
 from tidepool.transparent.modules import Modules
 from tidepool.transparent.patches import Schedulers, patched
 from tidepool.transparent.session import Session
-from tidepool.transparent.snapshot_parts import Script, iterators_of, journal_of
+from tidepool.transparent.state import Script, iterators_of, journal_of
 
 _logger = logging.getLogger(__name__)
 

@@ -209,10 +209,10 @@ class Session:
                 f"such as the preparation of data, were others. {_SAME}"
             )
         if self.journal.num_left == 0:
+            self.is_replaying = False  # first: a SIGTERM from here on waits for the next step
             self._graphs_keep_nothing.__exit__()
             with self.outside():
                 self._arrive()
-            self.is_replaying = False
 
     def read(self, tensor: Tensor, run: Callable[[], Any]) -> Any:
         """Python looks at the numbers of a tensor by way of `run`, which is no operation."""
