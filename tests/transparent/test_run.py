@@ -1,12 +1,15 @@
 """What `tidepool.run` promises around a script: whole commits, no computing in a replay, SIGTERM, an end that is an end, refusals."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.transparent.runs import Starter
+from tests.transparent.runs import ROOT, Starter
 from tidepool.checkpoint import RunLog, read_manifest, verify
 from tidepool.storage import open_store
 
@@ -183,3 +186,17 @@ def test_a_graph_that_is_kept_across_steps_makes_commits_wait(starter: Starter) 
     assert first.committed[:2] == [4, 8], "after steps 1 to 3 of each four `kept` may be used, and is after the third"
     again = starter.resumable(script, options=["--every-steps", "1"])
     assert (again.status, again.output) == (0, plain.output), again.messages
+
+
+@pytest.mark.slow
+def test_the_command_itself_fixes_hashes_and_takes_the_store_from_the_environment(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SMALL + "\nimport sys\nprint(sys.argv[1:], hash('text'))\nsys.exit(5 if len(sys.argv) > 1 else 0)\n")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONHASHSEED"}
+    environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'platform'}", "TIDEPOOL_STORE": f"file://{tmp_path}/store", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tidepool.run", "--run", "r", "--every-steps", "5", str(script), "--epochs", "3"]
+    ran = [subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False) for _ in range(2)]
+    assert [one.returncode for one in ran] == [5, 5]
+    assert ran[0].stdout == ran[1].stdout
+    assert "['--epochs', '3']" in ran[0].stdout
+    assert "arrived at step 10" in ran[1].stderr

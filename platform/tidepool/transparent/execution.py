@@ -99,11 +99,13 @@ class _Start:
         path = str(self._options.script)
         sys.argv = [path, *self._options.arguments]
         sys.path.insert(0, str(self._options.script.resolve().parent))
-        with patched(session, script.modules, script.gradients, script.loaders, script.schedulers), session.running():
-            runpy.run_path(path, run_name="__main__")
+        try:
+            with patched(session, script.modules, script.gradients, script.loaders, script.schedulers), session.running():
+                _run_to_end(path)
+        finally:
+            self._commits.close()  # what is on its way counts, however the script ends
         if session.is_replaying:
             raise ReplayError(f"The script ended before step {self._base.step if self._base else 0}, which it had made before.")
-        self._commits.close()
         return session.num_steps
 
     def _arrive(self) -> None:
@@ -120,6 +122,14 @@ class _Start:
         self._commits.is_stop_wished = True
         if self._session.is_replaying:  # nothing is new
             sys.exit(STOPPED)
+
+
+def _run_to_end(path: str) -> None:
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        if end.code not in (None, 0):
+            raise
 
 
 def _result_key(run: str) -> str:
