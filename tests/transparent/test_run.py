@@ -50,6 +50,7 @@ def test_a_replay_does_not_compute(starter: Starter) -> None:
     assert len(again.output.splitlines()) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.chaos
 @pytest.mark.parametrize("after_it", [False, True])
 def test_killed_in_the_middle_of_a_commit_the_one_before_counts_or_a_whole_one(starter: Starter, after_it: bool) -> None:

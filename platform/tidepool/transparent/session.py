@@ -188,7 +188,7 @@ class Session:
             if what is None:
                 result = run()
             else:
-                result = self.closed(what, run, [])
+                result = self.closed(what, run, [], may_draw=False)
                 changes()
         finally:
             self._num_in_step -= 1
