@@ -11,7 +11,7 @@ import pytest
 
 from tests.transparent.runs import ROOT, Starter
 from tidepool.checkpoint import RunLog, read_manifest, verify
-from tidepool.storage import open_store
+from tidepool.storage import open_store, put_json
 
 SMALL = """
 import torch
@@ -174,6 +174,28 @@ def test_several_processes_are_refused_before_anything_runs(starter: Starter) ->
     assert (refused.status, refused.output) == (1, "")
     assert "WORLD_SIZE is 2" in refused.messages
     assert not (starter.folder / "store" / "runs").exists()
+
+
+def test_a_name_of_another_kind_of_run_is_refused(starter: Starter) -> None:
+    store = open_store(starter.store_url)
+    put_json(store, "runs/r/spec.json", {})
+    refused = starter.resumable(write(starter, "print('ran')"))
+    assert (refused.status, refused.output) == (1, "")
+    assert "is no run of a script. Choose another --run." in refused.messages
+    nameless = starter.resumable(write(starter, "print('ran')"), options=["--run", "a/b"])
+    assert "'a/b' cannot name a run" in nameless.messages
+
+
+def test_a_script_that_fails_shows_its_error_and_goes_on_from_the_commit_before(starter: Starter) -> None:
+    script = write(
+        starter, SMALL.replace("    optimizer.step()", "    if step == 7:\n        int(input_of_the_script)\n    optimizer.step()")
+    )
+    failed = [starter.resumable(script, options=EVERY_2) for _ in range(2)]
+    assert [one.status for one in failed] == [1, 1]
+    assert all("NameError: name 'input_of_the_script' is not defined" in one.messages for one in failed)
+    assert failed[0].committed == [2, 4, 6]
+    assert "arrived at step 6" in failed[1].messages
+    assert failed[0].output == failed[1].output
 
 
 def test_a_graph_that_is_kept_across_steps_makes_commits_wait(starter: Starter) -> None:

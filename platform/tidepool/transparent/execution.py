@@ -51,6 +51,8 @@ def execute(options: Options) -> None:
     """Run the script to its end, from the last commit if there is one. Raises `TidepoolError`, `SystemExit`, and what the script does."""
     if not options.script.is_file():
         raise SpecError(f"{options.script} is no file: give the path of a Python script.")
+    if "/" in options.run:
+        raise SpecError(f"{options.run!r} cannot name a run: leave out the slash.")
     refuse_several_processes(os.environ)
     store = open_store(options.store_url)
     identity = settle_identity(store, options.run, identify(options.script, options.arguments))

@@ -40,6 +40,9 @@ def identify(script: Path, arguments: Sequence[str]) -> dict[str, Any]:
 def settle_identity(store: ObjectStore, run: str, now: Mapping[str, Any]) -> dict[str, Any]:
     """The run's identity: `now` for a new run, else the one that it began with. Raises `SpecChangedError` if they differ."""
     key = f"runs/{run}/script.json"
+    there = {info.key for info in store.list(f"runs/{run}/")}
+    if there and key not in there:
+        raise SpecChangedError(f"Run {run} in {store.url} is no run of a script. Choose another --run.")
     try:
         put_json(store, key, now)
     except ObjectExistsError:
