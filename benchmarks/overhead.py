@@ -11,8 +11,9 @@ Neither evaluates or commits.
 
 Rows that end in `_against_causal` have no target: their peer ignores where documents end, which is less work, and wrong here.
 
-Each side is processes of its own, all alive together; they take turns of a few steps, in an order that changes. `ratio` is the median
-of the rounds' ratios. Processor time (of all workers of a side, `ratio_by_processor_time`) tells ours from the peer on a machine that others use too.
+Each side is processes of its own, all alive together; they take turns of a few steps, in an order that changes. `ratio` is the
+median of the rounds' ratios. Processor time (of all workers of a side, `ratio_by_processor_time`) tells ours from the peer on a
+machine that others use too.
 """
 
 import argparse

@@ -21,6 +21,8 @@
     ├── RunError                    a training run that cannot start or go on
     │   ├── SpecChangedError        a run name in use with another spec
     │   ├── VersionSkewError        a node with other software than the driver's
+    │   ├── ScriptError             a script that cannot be made resumable
+    │   ├── ReplayError             a script that did not do again what it did before
     │   ├── NumericsError           a worker whose arithmetic would give other bits
     │   ├── NonFiniteError          a loss or gradient norm that is not a finite number
     │   ├── OutOfMemoryError        a worker whose device has too little memory for the spec
@@ -116,6 +118,14 @@ class SpecChangedError(RunError):
 
 class VersionSkewError(RunError):
     """A node whose software is not the driver's."""
+
+
+class ScriptError(RunError):
+    """A script under `tidepool.run` that cannot be made resumable."""
+
+
+class ReplayError(RunError):
+    """A script under `tidepool.run` that, started again, did not do what it did before."""
 
 
 class NumericsError(RunError):
