@@ -1,7 +1,7 @@
 """The numerics fingerprint: everything besides the spec that the bits of a result depend on.
 
 It stands in the run's resolved spec; a worker with another fingerprint is refused, because it would continue the run
-with other bits. On GPUs the deterministic algorithms of torch are switched on (not yet run on one).
+with other bits. On GPUs the deterministic algorithms of torch are switched on.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Process groups of torch that a run makes and leaves as its quorum changes: gloo on CPUs, NCCL on GPUs (not yet run on one).
+"""Process groups of torch that a run makes and leaves as its quorum changes: gloo on CPUs, NCCL on GPUs (run there with one worker only).
 
 NCCL takes one worker a GPU. Where several share one, they meet by gloo, and what they exchange goes through host memory.
 
