@@ -33,9 +33,9 @@ test-scripts: setup
 test-s3: setup
 	@$(BIN)/python -m pytest --s3 ceph tests/stores tests/storage tests/checkpoint tests/registry tests/training/test_killed_run.py
 
-# Replica groups that die, hang, come and go: real signals on a Ray cluster of the session's own.
+# Replica groups that die, hang, come and go: real signals on a Ray cluster of the session's own. ELASTIC='-k "killed or paused"': some.
 test-elastic: setup
-	@$(BIN)/python -m pytest --elastic tests/training/test_elastic_cluster.py
+	@$(BIN)/python -m pytest --elastic tests/training/test_elastic_cluster.py $(ELASTIC)
 
 test-unit: setup
 	@$(BIN)/python -m pytest -m "not cluster and not slow"
