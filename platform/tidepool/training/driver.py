@@ -115,6 +115,7 @@ class _Run:
             _logger.warning("waiting for %s", line)
         while True:
             orders = self._orders()
+            self._is_pausing = self._is_pausing or orders.is_pausing  # before the outcome: both may have come since the last time
             if orders.outcome is not None:
                 return self._finish(orders.outcome)
             if orders.fatal is not None:
@@ -122,7 +123,7 @@ class _Run:
             if stop.received and not orders.is_stopping:
                 ray.get(self._coordinator.request_stop.remote())
             elif orders.is_stopping and not self._stop_asked:
-                self._stop_asked, self._is_pausing = True, orders.is_pausing
+                self._stop_asked = True
                 _logger.info("%s run %s after a commit at the next step", "pausing" if self._is_pausing else "stopping", self._spec.run)
             is_anybody_there = self._entered_quorum and self._groups.running.keys() & orders.heard - orders.gone
             if self._stop_asked and not orders.members and not is_anybody_there:
