@@ -1,7 +1,6 @@
 """Commits in the background: whose parts are where, what a store that is slow, fails or was taken over costs, and who says so."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -173,11 +172,13 @@ def test_a_store_that_fails_for_longer_than_the_lag_is_waited_for_and_then_said(
     faulty.failures = 10**6
     worker.take(5)
     worker.commits.keep_up(worker.watch)
-    time.sleep(0.3)  # so old must it be
+    with worker.commits._changed:
+        assert worker.commits._changed.wait_for(lambda: worker.commits._trouble is not None, 30)
+        worker.commits._jobs[0].taken_at -= 5  # it has got old
     with pytest.raises(StoreUnreachableError, match="the store is away"):
         worker.commits.keep_up(worker.watch)
     assert worker.ticks >= 3, "it waited, and was seen to"
-    assert "training waits: the snapshot of step 5 has not been committed for 0 s (the store is away)" in caplog.text
+    assert "training waits: the snapshot of step 5 has not been committed for 5 s (the store is away)" in caplog.text
     assert worker.committed == 0
 
 

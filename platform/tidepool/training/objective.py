@@ -26,7 +26,7 @@ def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
         position_ids=packed_positions(batch.documents_NT),
         use_cache=False,
     ).logits
-    # Labels move and not logits, and what is no target is ignored in place: logits are by far the largest, and are never copied.
+    # Labels move and not logits, and what is no target is ignored in place: logits are by far the largest, and none are gathered.
     labels_NT = torch.full_like(batch.tokens_NT, _IGNORED)
     labels_NT[:, :-1] = torch.where(batch.targets_NT[:, 1:], batch.tokens_NT[:, 1:], _IGNORED)
     return cross_entropy(logits_NTV.flatten(0, 1).float(), labels_NT.flatten(), ignore_index=_IGNORED, reduction="sum")
