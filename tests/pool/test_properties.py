@@ -3,7 +3,7 @@
 from collections import Counter
 from dataclasses import replace
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tests.pool import truth
@@ -161,6 +161,7 @@ def test_leaving_nodes_are_empty_in_time(pool: Snapshot) -> None:
 
 
 @_few
+@example(spare=0, guaranteed=[("standard", 1)], basics=[1] * 5).xfail(raises=AssertionError)  # 0.697 of 0.7: to be mended
 @given(
     st.integers(0, 2),
     st.lists(st.tuples(st.sampled_from(["premium", "standard"]), st.integers(1, 3)), min_size=1, max_size=4),
@@ -184,6 +185,7 @@ def test_guarantees_hold_over_the_window_where_they_can(spare: int, guaranteed: 
 
 
 @_few
+@example([("premium", 0, 1)] * 4 + [("basic", 0, 1), ("basic", 0, 4)], 1).xfail(raises=AssertionError)  # they do: to be mended
 @given(
     st.lists(st.tuples(st.sampled_from(["premium", "standard", "basic"]), st.integers(0, 2), st.integers(1, 4)), min_size=2, max_size=7),
     st.integers(0, 2),
