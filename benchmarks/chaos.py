@@ -3,14 +3,15 @@
     python benchmarks/chaos.py [--minutes 10] [--seed 1] [--json FILE] [--quick]
 
 Three replica groups of one worker of one CPU train a small model on a Ray cluster on loopback, with commits every ten steps to an
-S3 server (moto) behind a proxy. Every `--every-s` seconds one of these happens, drawn from the seed: SIGKILL of a worker;
-SIGSTOP of one, and SIGCONT seconds later; another number of groups; a pause and a new submission; a store that answers 503 to
-all, or to a third of what is asked. After so many minutes the run is stopped. Then the same run is trained again to the
-step that it had come to, with nothing happening to it.
+S3 server (moto) behind a proxy. Every `--every-s` seconds one of these happens, in an order drawn from the seed, none again before
+all have been: SIGKILL of a worker; SIGSTOP of one, and SIGCONT seconds later; another number of groups; a pause and a new
+submission; a store that answers 503 to all, or to a third of what is asked. After so many minutes the run is stopped. Then the
+same run is trained again to the step that it had come to, with nothing happening to it.
 
 `bits_equal`: weights and moments of both. `samples_lost`, `samples_repeated`: digests of (step, shard) that are missing in the
 record of the run, or are not those of the samples which belong there. `goodput`: steps a second of the first, from its first
-step with all groups to its last, over those of the second, from its first step with all groups. `faults`: how many happened.
+step with all groups to when it takes steps after the last fault, over those of the second, from its first step with all groups.
+`faults`: how many happened.
 Groups that are started again take the processor from those that train: on a machine with few cores goodput says more
 about these than about the protocol.
 """
@@ -27,7 +28,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ from tests.stores.proxy import Fault, no_faults, proxy, random_faults
 from tests.training.conftest import prepare_dataset
 from tidepool.checkpoint import Checkpoints, Incarnation, RunLog
 from tidepool.data import Dataset, find_dataset
+from tidepool.messages import Pause, Request, Resize, Stop
 from tidepool.specs import RunSpec, load_spec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.training.batch import shard_samples
@@ -53,6 +54,7 @@ from tidepool.training.sample_record import read_record, samples_digest
 from tidepool.training.state import tensors_digest
 
 NUM_GROUPS = 3
+KINDS = ("kill", "hang", "resize", "pause", "store away", "store bad")
 _TIMEOUT_S = 300.0
 _STORE_FAULT_S = (2.0, 8.0)
 _HANG_S = (1.0, 8.0)
@@ -86,17 +88,24 @@ class Run:
                 stderr=subprocess.STDOUT,
             )
 
-    def ask(self, method: str, *values: Any) -> Any:
-        """Ask the coordinator; None if there is none now."""
+    def ask(self, request: Request) -> int | None:
+        """Ask the run; None if it is not in the cluster now."""
+        return self._call(lambda coordinator: coordinator.ask.remote(request))
+
+    def status(self) -> Mapping[str, Any] | None:
+        """What the run says of itself; None if it is not in the cluster now."""
+        return self._call(lambda coordinator: coordinator.status.remote())
+
+    def _call(self, call: Callable[[Any], Any]) -> Any:
         try:
-            return ray.get(getattr(ray.get_actor(coordinator_name(self.name)), method).remote(*values), timeout=30)
+            return ray.get(call(ray.get_actor(coordinator_name(self.name))), timeout=30)
         except (ValueError, ray.exceptions.RayActorError):
             return None
 
     def wait(self, condition: Callable[[Mapping[str, Any]], bool]) -> Mapping[str, Any]:
         """The status once it meets a condition."""
         deadline = time.monotonic() + _TIMEOUT_S
-        while (status := self.ask("status")) is None or not condition(status):
+        while (status := self.status()) is None or not condition(status):
             self._check(deadline)
             time.sleep(0.05)
         found: Mapping[str, Any] = status
@@ -117,22 +126,23 @@ class Run:
         return (self._folder / f"{self.name}-{self.num_submitted}.log").read_text(errors="replace")
 
 
-@dataclass
 class Chaos:
     """What happens to a run."""
 
-    run: Run
-    store: Any
-    chance: random.Random
+    def __init__(self, run: Run, store: Any, seed: int) -> None:
+        self.run, self.store, self.chance = run, store, random.Random(seed)
+        self._kinds: list[str] = []
 
     def strike(self) -> str:
         """Let one thing happen; returns its name."""
-        name = self.chance.choice(("kill", "hang", "resize", "pause", "store away", "store bad"))
+        if not self._kinds:
+            self._kinds = self.chance.sample(KINDS, len(KINDS))
+        name = self._kinds.pop()
         getattr(self, "_" + name.replace(" ", "_"))()
         return name
 
     def _worker(self) -> int | None:
-        status = self.run.ask("status")
+        status = self.run.status()
         pids = [one["pid"] for one in status["workers"] if one["rank"] is not None and is_alive(one["pid"])] if status else []
         return self.chance.choice(sorted(pids)) if pids else None
 
@@ -148,10 +158,10 @@ class Chaos:
                 os.kill(pid, signal.SIGCONT)
 
     def _resize(self) -> None:
-        self.run.ask("resize", self.chance.randint(1, NUM_GROUPS))
+        self.run.ask(Resize(self.run.name, self.chance.randint(1, NUM_GROUPS)))
 
     def _pause(self) -> None:
-        if self.run.ask("request_stop", True) is not None:
+        if self.run.ask(Pause(self.run.name)) is not None:
             self.run.wait_for_end(0)
             self.run.submit()
 
@@ -191,9 +201,14 @@ def samples(store: ObjectStore, spec: RunSpec, num_steps: int) -> tuple[int, int
     return lost, wrong
 
 
-def disturb(run: Run, store: Any, seconds: float, every_s: float, seed: int) -> tuple[float, int, Counter[str]]:
-    """Train through the chaos and stop; returns steps a second, the step it came to, and what happened."""
-    chaos, happened = Chaos(run, store, random.Random(seed)), Counter[str]()
+def steps_on(status: Mapping[str, Any]) -> bool:
+    """It takes steps, and its members have said what they hold."""
+    return bool(status["is_stepping"]) and status["step"] >= max(1, status["committed"])
+
+
+def disturb(run: Run, store: Any, seconds: float, every_s: float, seed: int) -> tuple[float, Counter[str]]:
+    """Train through the chaos and stop; returns steps a second, and what happened."""
+    chaos, happened = Chaos(run, store, seed), Counter[str]()
     run.submit()
     first = run.wait(together)["step"]
     started = time.monotonic()
@@ -203,11 +218,10 @@ def disturb(run: Run, store: Any, seconds: float, every_s: float, seed: int) -> 
             name = chaos.strike()
             happened[name] += 1
             print(f"{time.monotonic() - started:6.0f} s  {name}", flush=True)
-    last = run.wait(lambda status: bool(status["is_stepping"]))["step"]
-    elapsed_s = time.monotonic() - started
-    run.ask("request_stop", False)
+    last, elapsed_s = run.wait(steps_on)["step"], time.monotonic() - started
+    run.ask(Stop(run.name))
     run.wait_for_end(143)
-    return (last - first) / elapsed_s, last, happened
+    return (last - first) / elapsed_s, happened
 
 
 def leave_alone(run: Run, steps: int) -> float:
@@ -216,7 +230,7 @@ def leave_alone(run: Run, steps: int) -> float:
     first, started = run.wait(together)["step"], time.monotonic()
     newest, newest_at = first, started
     while run.process.poll() is None:
-        if (status := run.ask("status")) is not None and status["step"] > newest:
+        if (status := run.status()) is not None and status["step"] > newest:
             newest, newest_at = status["step"], time.monotonic()
         time.sleep(0.05)
     run.wait_for_end(0)
@@ -240,7 +254,7 @@ def measure(folder: Path, minutes: float, every_s: float, seed: int) -> list[Row
             signal.signal(signal.SIGTERM, handler)
             run = Run(cluster, folder, store_url, "chaos", 10**6)
             try:
-                rate, _, happened = disturb(run, between, minutes * 60, every_s, seed)
+                rate, happened = disturb(run, between, minutes * 60, every_s, seed)
             finally:
                 end(run.process)
             steps, disturbed = digests(store, run.name)

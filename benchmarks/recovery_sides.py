@@ -20,6 +20,7 @@ from recovery_cluster import Cluster, end
 from recovery_timeline import Timeline
 
 from tests.training.conftest import prepare_dataset
+from tidepool.messages import Resize
 from tidepool.training.ray_worker import NAMESPACE, coordinator_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,7 +215,7 @@ class TidepoolSide:
                 self._job.stop()
 
     def _resize(self, num_groups: int) -> None:
-        ray.get(ray.get_actor(coordinator_name(self._run)).resize.remote(num_groups))
+        ray.get(ray.get_actor(coordinator_name(self._run)).ask.remote(Resize(self._run, num_groups)))
 
 
 def is_alive(pid: int) -> bool:

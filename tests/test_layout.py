@@ -103,3 +103,12 @@ def test_the_coordinator_of_a_run_needs_no_torch() -> None:
     """It is a process of its own in each run: importing torch there would cost each start seconds."""
     code = "import sys, tidepool.training.coordinator; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "platform")}, check=True)
+
+
+def test_the_launchers_of_replica_groups_import_nothing_that_only_a_worker_needs() -> None:
+    """Each group has a launcher and a controller of Ray Train's, which load these two and would take seconds of processor for the rest."""
+    code = "import sys, tidepool.training.ray_worker, tidepool.training.replica_groups; print({'transformers', 'peft'} & {*sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "platform")}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"

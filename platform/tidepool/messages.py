@@ -1,4 +1,5 @@
-"""What training, serving and the pool say to each other: what there is (a snapshot), and what is to be done (decisions).
+"""What training, serving and the pool say to each other: what there is (a snapshot), what is to be done (decisions), and what a
+run is asked for, by the pool or by a person.
 
 Invariants:
 - Everything here is frozen and holds plain values: it can be compared, recorded as JSON and sent through Ray.
@@ -159,6 +160,31 @@ class Snapshot:
     templates: tuple[Template, ...] = ()
 
 
+# --- What a run is asked for -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """Have so many replica groups, within the bounds of the run's spec."""
+
+    run: str
+    num_groups: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Commit at the next step and free everything; whoever shares the store can resume the run."""
+
+    run: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Commit at the next step and end the job."""
+
+    run: str
+
+
 # --- What is to be done ----------------------------------------------------------------------------------------------
 
 
@@ -222,6 +248,8 @@ class LaunchNodes:
 
 
 Decision = GrantGroup | AskBack | StartReplica | DrainReplica | LaunchNodes
+Request = Resize | AskBack | Pause | Stop
+"""What a run in a cluster takes. One that was paused is resumed by submitting it again: then there is nobody who could be told."""
 
 
 @dataclass(frozen=True, slots=True)

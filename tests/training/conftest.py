@@ -21,7 +21,8 @@ from tidepool.training.member import Alone
 from tidepool.training.outcome import Outcome
 from tidepool.training.pins import read_pins, resolve
 from tidepool.training.sample_record import read_record, samples_digest
-from tidepool.training.worker import Account, Task, run_task
+from tidepool.training.task import Task
+from tidepool.training.worker import Account, run_task
 
 CONFIG = {
     "model_type": "llama",

@@ -26,12 +26,13 @@ from tidepool import local_cluster
 from tidepool.checkpoint import RunLog
 from tidepool.data import find_dataset
 from tidepool.local_cluster import LocalCluster
+from tidepool.messages import AskBack, Reason, Resize
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.training.pauses import paused_step
-from tidepool.training.pins import Pins
 from tidepool.training.replica_groups import ReplicaGroups
-from tidepool.training.worker import Task, read_result
+from tidepool.training.task import Pins, Task
+from tidepool.training.worker import read_result
 
 pytestmark = [pytest.mark.elastic, pytest.mark.chaos]
 STEPS = 150
@@ -314,10 +315,13 @@ def popen_of(cluster: LocalCluster) -> "subprocess.Popen[bytes]":
 def test_groups_come_and_go_at_step_boundaries(start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
     job = start("resize", elastic={"min": 1, "max": 3}, training={"steps": STEPS})
     before = pids(gather(job))
-    ray.get(coordinator("resize").resize.remote(1))
+    ray.get(coordinator("resize").ask.remote(AskBack("resize", "2", Reason("reclaim", "serving needs it"))))
+    two = job.wait_for_status(lambda status: status["is_stepping"] and status["groups"] == [1, 3])
+    assert pids(two) == {1: before[1], 3: before[3]}, "the one that was named, and no other comes for it"
+    ray.get(coordinator("resize").ask.remote(Resize("resize", 1)))
     alone = job.wait_for_status(lambda status: status["is_stepping"] and status["groups"] == [1])
     assert pids(alone) == {1: before[1]}, "the newest leave first"
-    ray.get(coordinator("resize").resize.remote(2))
+    ray.get(coordinator("resize").ask.remote(Resize("resize", 2)))
     result = check_same(job, store, undisturbed)
     assert result["recomputed_steps"] == 0
     assert "failed" not in job.output, "leaving is no failure"
@@ -344,15 +348,15 @@ def test_no_bit_depends_on_a_history_of_4_1_3_and_2_groups(
     for group in (1, 3, 4):
         os.kill(four[group], signal.SIGKILL)
     job.wait_for_status(without(1, 3, 4))
-    ray.get(coordinator(run).resize.remote(1))
+    ray.get(coordinator(run).ask.remote(Resize(run, 1)))
     job.wait_for_status(lambda status: status["groups"] == [2] and status["step"] == second_gate["step"])
-    ray.get(coordinator(run).resize.remote(3))
+    ray.get(coordinator(run).ask.remote(Resize(run, 3)))
     three = pids(gather(job, 3, second_gate["step"]))
     assert len(three) == 3
     assert three[2] == four[2]
     os.kill(three[2], signal.SIGKILL)
     two = pids(job.wait_for_status(lambda status: without(2)(status) and len(status["groups"]) == 2))
-    ray.get(coordinator(run).resize.remote(2))
+    ray.get(coordinator(run).ask.remote(Resize(run, 2)))
     assert set(two.values()) < set(three.values())
     result = check_same(job, store, bits(dict(alone)))
     assert result["recomputed_steps"] == 0

@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from tidepool.errors import RunError
+from tidepool.messages import AskBack, Pause, Request, Resize, Stop
 from tidepool.telemetry.logs import configure_logging
 from tidepool.training.ledger import Ledger
 from tidepool.training.membership import Directive, Quorum, Report, WorkerId
@@ -83,6 +85,8 @@ class Orders:
     """Those of them whose workers have all ended by themselves."""
     places: tuple[tuple[int, str], ...]
     """On which nodes (their ids) the groups' workers are."""
+    asked_back: frozenset[int]
+    """The groups that the pool takes; `num_groups` is without them."""
     is_stopping: bool
     is_pausing: bool
     condemned: tuple[Condemned, ...]
@@ -101,6 +105,7 @@ class Coordinator:
         self._changed = asyncio.Event()
         self._probes: dict[WorkerId, asyncio.Task[None]] = {}
         self._condemned: list[Condemned] = []
+        self._asked_back: frozenset[int] = frozenset()
         self._needs_claim = self._stopping = self._pausing = False
         self._newest_step = 0
         self._accounted: Quorum | None = None
@@ -158,6 +163,7 @@ class Coordinator:
             heard=frozenset(worker.group for worker in self._reports),
             gone=self._gone(),
             places=tuple((one.worker.group, one.process.node_id) for one in self._reports.values() if one.process),
+            asked_back=self._asked_back,
             is_stopping=self._stopping,
             is_pausing=self._pausing,
             condemned=condemned,
@@ -201,16 +207,30 @@ class Coordinator:
         """Note how the run ended (by the worker of rank 0)."""
         self._outcome = outcome
 
-    async def request_stop(self, pause: bool = False) -> int:
-        """Ask the workers to commit and leave, for the run to end, or to be paused; returns the newest step that is held."""
-        self._stopping, self._pausing = True, self._pausing or pause
-        self._handle(StopAsked())
-        return self._newest_step
+    async def ask(self, request: Request) -> int:
+        """Take a request in. Returns how many replica groups that makes, or, of a run that is to leave, the newest step that it holds.
 
-    async def resize(self, num_groups: int) -> int:
-        """Ask for so many replica groups, within the spec's bounds; returns how many that makes."""
-        self._num_groups = min(max(num_groups, self._beginning.min_groups), self._beginning.max_groups)
+        Raises `RunError` for a group that is asked back from a run which has no more than its minimum: such a run is paused.
+        """
+        await self._begun.wait()
+        match request:
+            case Resize(num_groups=num_groups):
+                self._num_groups = min(max(num_groups, self._beginning.min_groups), self._beginning.max_groups)
+            case AskBack(group=group):
+                self._give_back(int(group))
+            case Pause() | Stop():
+                self._stopping, self._pausing = True, self._pausing or isinstance(request, Pause)
+                self._handle(StopAsked())
+                return self._newest_step
         return self._num_groups
+
+    def _give_back(self, group: int) -> None:
+        if group in self._asked_back:
+            return
+        if self._num_groups == self._beginning.min_groups:
+            raise RunError(f"The run takes no step with less than {self._num_groups} replica groups: pause it instead.")
+        self._num_groups -= 1
+        self._asked_back |= {group}
 
     async def pid(self) -> int:
         """The actor's process."""

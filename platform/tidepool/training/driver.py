@@ -24,6 +24,7 @@ from ray.actor import ActorHandle
 import tidepool
 from tidepool.checkpoint import Incarnation, RunLog, claim_incarnation, read_manifest
 from tidepool.errors import ClusterError, CorruptCheckpointError, RunError, SpecError
+from tidepool.messages import Pause, Resize, Stop
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.training.cluster_address import listens
@@ -32,7 +33,7 @@ from tidepool.training.growth import num_to_start
 from tidepool.training.membership import NAMESPACE, coordinator_name
 from tidepool.training.outcome import Outcome
 from tidepool.training.pauses import note_paused, note_resumed
-from tidepool.training.pins import Pins, read_pins, resolve
+from tidepool.training.pins import read_pins, resolve
 from tidepool.training.quorum import Rules
 from tidepool.training.quorum_events import Claimed
 from tidepool.training.ray_worker import train_worker
@@ -46,7 +47,8 @@ from tidepool.training.replica_groups import (
     waiting_for,
 )
 from tidepool.training.restarts import Failure, give_up
-from tidepool.training.worker import Task, read_result
+from tidepool.training.task import Pins, Task
+from tidepool.training.worker import read_result
 
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.2
@@ -121,7 +123,7 @@ class _Run:
             if orders.fatal is not None:
                 raise RunError(f"Run {self._spec.run} cannot go on: {orders.fatal}.")
             if stop.received and not orders.is_stopping:
-                ray.get(self._coordinator.request_stop.remote())
+                ray.get(self._coordinator.ask.remote(Stop(self._spec.run)))
             elif orders.is_stopping and not self._stop_asked:
                 self._stop_asked = True
                 _logger.info("%s run %s after a commit at the next step", "pausing" if self._is_pausing else "stopping", self._spec.run)
@@ -150,7 +152,9 @@ class _Run:
         elastic, running = self._spec.elastic, self._groups.running
         staying = [group for group in running.values() if not group.is_leaving]
         staying.sort(key=lambda group: group.number not in orders.members)  # the newest leave first, and before them who takes no steps
-        for group in staying[orders.num_groups :]:
+        asked_back = [group for group in staying if group.number in orders.asked_back]
+        others = [group for group in staying if group.number not in orders.asked_back]
+        for group in asked_back + others[orders.num_groups :]:
             self._release(group, "its place is asked back")
         for number in self._on_draining_nodes(orders):
             self._release(running[number], "its node is about to go")
@@ -260,9 +264,10 @@ class _Run:
                 self._coordinator.group_ended.remote(number)
         leaving = tuple(group.number for group in self._groups.running.values() if group.is_leaving)
         self._coordinator.release.remote(leaving)
-        self._coordinator.resize.remote(self._num_groups)
+        run = self._spec.run
+        self._coordinator.ask.remote(Resize(run, self._num_groups))
         if self._stop_asked:
-            self._coordinator.request_stop.remote(self._is_pausing)
+            self._coordinator.ask.remote(Pause(run) if self._is_pausing else Stop(run))
 
     def _claim_again(self) -> None:
         """Nobody holds the newest state any more: begin from the newest commit that verifies, as another incarnation."""

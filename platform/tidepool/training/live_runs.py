@@ -12,12 +12,13 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import tidepool
 from tidepool.errors import ClusterError, RunError
+from tidepool.messages import Pause, Resize, Stop
 from tidepool.scratch import ScratchFolder
 from tidepool.training.cluster_address import listens
 from tidepool.training.membership import NAMESPACE, coordinator_name
@@ -42,11 +43,11 @@ class Cluster:
 
     def resize(self, run: str, num_groups: int) -> int:
         """Ask a run for so many replica groups; returns how many its spec lets that be. Raises `ClusterError`, `RunError`."""
-        return int(self._tell(run, "resize", num_groups))
+        return self._tell(Resize(run, num_groups))
 
     def stop(self, run: str, pause: bool) -> int:
         """Ask a run to commit and to end, or to pause; returns the step that it holds now. Raises as `resize`."""
-        return int(self._tell(run, "request_stop", pause))
+        return self._tell(Pause(run) if pause else Stop(run))
 
     def submit(self, spec: Mapping[str, Any]) -> str:
         """Submit a job that trains by a spec (JSON), with this library; returns its id. Raises `ClusterError`."""
@@ -61,14 +62,15 @@ class Cluster:
             raise ClusterError(f"Run {spec['run']} was not submitted: {_last_line(done.stderr) or _last_line(done.stdout)}")
         return job
 
-    def _tell(self, run: str, method: str, value: object) -> Any:
+    def _tell(self, request: Resize | Pause | Stop) -> int:
+        run = request.run
         try:
-            answer = self._call(run, method, json.dumps(value))
+            answer = self._call(type(request).__name__, json.dumps(asdict(request)))
         except ClusterError as error:
             raise ClusterError(f"Run {run} cannot be asked: {error}.") from error
         if answer is None:
             raise RunError(f"Run {run} is not being trained in this cluster; `tidepool runs list` shows what is.")
-        return answer
+        return int(answer)
 
     def _call(self, *arguments: str) -> Any:
         """What this module's program prints last. Raises `ClusterError`, without a full stop."""
@@ -105,14 +107,15 @@ class Look:
     """Why no cluster was asked, "" if one was."""
 
 
-def _tell(run: str, method: str, value: str) -> Any:
-    """What a run's coordinator answers, by Ray; None if there is no such run in the cluster of `RAY_ADDRESS`."""
+def _tell(kind: str, fields: str) -> Any:
+    """What a run's coordinator answers to a request, by Ray; None if there is no such run in the cluster of `RAY_ADDRESS`."""
     import ray  # here and not above: the process that asks does without
 
+    request = {"Resize": Resize, "Pause": Pause, "Stop": Stop}[kind](**json.loads(fields))
     ray.init(os.environ["RAY_ADDRESS"], namespace=NAMESPACE, log_to_driver=False, logging_level="ERROR")
     try:
-        coordinator = ray.get_actor(coordinator_name(run), NAMESPACE)
-        return ray.get(getattr(coordinator, method).remote(json.loads(value)), timeout=_STATUS_TIMEOUT_S)
+        coordinator = ray.get_actor(coordinator_name(request.run), NAMESPACE)
+        return ray.get(coordinator.ask.remote(request), timeout=_STATUS_TIMEOUT_S)
     except (ValueError, ray.exceptions.RayActorError):  # there is none, or it has ended since
         return None
 

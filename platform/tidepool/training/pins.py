@@ -11,7 +11,6 @@ Invariants:
 import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,9 @@ from tidepool.scratch import ScratchFolder
 from tidepool.specs import RunSpec, differences
 from tidepool.storage import ObjectStore, get_json, local_disk, put_json
 from tidepool.training.numerics import Fingerprint, check_fingerprint
+from tidepool.training.task import Pins
 
 _DECIDES_RESULT = ("run", "model", "dataset", "seed", "training")
-
-
-@dataclass(frozen=True)
-class Pins:
-    """What a run's names meant when it began: `name@digest`, and the base as `name@3` (or a path) with its digest."""
-
-    dataset: str
-    base: str | None
-    base_digest: str | None
 
 
 def resolve(spec: RunSpec, store: ObjectStore) -> Pins:

@@ -1,4 +1,8 @@
-"""The shell of a worker on Ray Train: what `TorchTrainer` calls in each process of a replica group."""
+"""The shell of a worker on Ray Train: what `TorchTrainer` calls in each process of a replica group.
+
+The launcher and Ray Train's controller load this module too, to pass the function on: what only a worker needs, and takes it
+seconds to import, is imported when one begins.
+"""
 
 import os
 import traceback
@@ -14,12 +18,10 @@ from ray.util.metrics import Gauge
 
 import tidepool
 from tidepool.telemetry import configure_logging
-from tidepool.training.member import Member
 from tidepool.training.membership import NAMESPACE, Directive, Process, Report, WorkerId, coordinator_name
-from tidepool.training.process_group import MeetingPoint
 from tidepool.training.quorum import Rules
+from tidepool.training.task import Task
 from tidepool.training.versions import check_versions, installed_versions
-from tidepool.training.worker import Task, run_task
 
 
 def train_worker(config: Mapping[str, Any]) -> None:
@@ -32,6 +34,10 @@ def train_worker(config: Mapping[str, Any]) -> None:
 
 
 def _train(config: Mapping[str, Any]) -> None:
+    from tidepool.training.member import Member
+    from tidepool.training.process_group import MeetingPoint
+    from tidepool.training.worker import run_task
+
     configure_logging()
     node_ip, node_id = ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
     check_versions(config["versions"], installed_versions(), f"{node_ip} ({node_id})")

@@ -29,8 +29,8 @@ from tidepool.scratch import ScratchFolder
 from tidepool.specs import WorkersSpec
 from tidepool.telemetry import configure_logging
 from tidepool.training.coordinator import Condemned
+from tidepool.training.task import Task
 from tidepool.training.versions import installed_versions
-from tidepool.training.worker import Task
 
 _ORPHANED_WITHIN_S = 30.0
 """So long after a launcher was ended its controller may still be dying."""

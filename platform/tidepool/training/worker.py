@@ -47,21 +47,13 @@ from tidepool.training.membership import Quorum
 from tidepool.training.memory import Demand, advise, loading_advice, model_size, told_of_memory
 from tidepool.training.numerics import fingerprint, prepare_process, resolve_dtype
 from tidepool.training.outcome import Outcome
-from tidepool.training.pins import Pins, base_source, check_worker, write_document
+from tidepool.training.pins import base_source, check_worker, write_document
 from tidepool.training.state import tensors_digest
+from tidepool.training.task import Task
 
 _logger = logging.getLogger(__name__)
 _CACHE_BYTES = 2**30
 Account = Callable[[], Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a worker has to do: its part of `spec`, with its names meaning `pins`, for the driver that began with this incarnation."""
-
-    spec: RunSpec
-    pins: Pins
-    session: int
 
 
 def run_task(task: Task, member: Membership, device: torch.device, sinks: list[Sink], account: Account = lambda: {}) -> Outcome | None:
