@@ -18,21 +18,14 @@ machine that others use too.
 
 import argparse
 import json
-import math
-import multiprocessing as mp
 import os
-import platform
 import random
 import signal
 import statistics
-import subprocess
 import sys
-import sysconfig
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -46,25 +39,21 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from transformers import PreTrainedModel
+from turns import Done, Row, Turn, Workers, check_losses, head_row, prepare_stdlib, take_turns, train_ours
 
-from tidepool.data import Dataset, find_dataset, prepare
-from tidepool.models import add_lora, build_model, load_tokenizer, packed_attention_mask, packed_positions, train_tokenizer
+from tidepool.data import Dataset, find_dataset
+from tidepool.models import add_lora, build_model, packed_attention_mask, packed_positions
 from tidepool.scratch import ScratchFolder
-from tidepool.specs import DataSpec, LoraSpec, RunSpec, parse_spec
+from tidepool.specs import LoraSpec, RunSpec, parse_spec
 from tidepool.storage import open_store
-from tidepool.telemetry import MemorySink
 from tidepool.training.batch import cut_batches, shard_samples
-from tidepool.training.commits import BackgroundCommits
-from tidepool.training.group import Group, LocalGroup
-from tidepool.training.loop import StepLoop
-from tidepool.training.member import Alone
+from tidepool.training.group import LocalGroup
 from tidepool.training.numerics import prepare_process, resolve_dtype
 from tidepool.training.objective import precision
 from tidepool.training.optimizer import build_optimizer
 from tidepool.training.process_group import ProcessGroup
 from tidepool.training.sharding import owned_shards
 from tidepool.training.state import trained_parameters
-from tidepool.training.watch import Wishes
 
 
 @dataclass(frozen=True)
@@ -114,10 +103,7 @@ LORA = {"rank": 8, "alpha": 16.0}
 TARGET = 0.97
 OURS, PEERS = ("exact", "fast"), ("packed", "causal")
 PEER_NAMES = {1: "plain PyTorch loop", 2: "DistributedDataParallel"}
-_TIMEOUT_S, _MAX_STEPS = 300, 64
-Row = dict[str, Any]
-Turn = Callable[[], None]
-"""Blocks between two steps when it is somebody else's turn; raises `Over` when there are no more."""
+_MAX_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -142,57 +128,12 @@ class Side:
         return parse_spec(spec | {"training": training, "checkpoint": {"every_steps": 10**6}}, RunSpec)
 
 
-class Over(BaseException):
-    """No more turns."""
-
-
-def prepare_dataset(folder: Path, sequence_length: int) -> str:
-    """Python's own source as samples in a store below the folder; returns the store's URL."""
-    store_url, texts = (folder / "store").as_uri(), folder / "texts"
-    texts.mkdir()
-    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py"))[:100]
-    for path in paths:
-        (texts / path.name).write_text(path.read_text())
-    train_tokenizer([path.read_text() for path in paths], VOCAB_SIZE).save_pretrained(folder / "tokenizer")
-    spec = {"store": store_url, "dataset": "stdlib", "inputs": [{"path": str(texts)}], "tokenizer": {"of": "x"}}
-    spec |= {"sequence_length": sequence_length, "held_out_fraction": 0.05}
-    prepare(parse_spec(spec, DataSpec), load_tokenizer(folder / "tokenizer"), folder / "tokenizer", open_store(store_url))
-    return store_url
-
-
 def new_model(side: Side) -> PreTrainedModel:
     """The same weights on every side."""
     model = build_model(side.setting.config, VOCAB_SIZE, seed=1)
     if side.kind == "lora":
         model = add_lora(model.to(resolve_dtype(side.spec().training.precision, torch.device(side.device))), LoraSpec(**LORA), 1, "base")
     return model.to(side.device)
-
-
-# --- Ours ------------------------------------------------------------------------------------------------------------
-
-
-def train_ours(side: Side, group: Group, turn: Turn, losses: list[float]) -> None:
-    """The step loop as a worker builds it; turns change between its steps."""
-    store, spec = open_store(side.store_url), side.spec()
-    splits = [Dataset(store, find_dataset(store, "stdlib"), name, 16) for name in ("train", "held_out")]
-
-    class Turns(Alone):
-        has_begun = False
-
-        def wishes(self) -> Wishes:  # asked once before the first step, and once in each
-            if self.has_begun:
-                turn()
-            self.has_begun = True
-            return Wishes()
-
-    watch = Turns(1, None, 0)
-    commits = BackgroundCommits(0, lambda *_: None, committed_step=lambda: sys.maxsize)  # so that none is due
-    dtype = resolve_dtype(spec.training.precision, torch.device(side.device))
-    loop = StepLoop(spec, new_model(side), *splits, dtype, MemorySink(), watch, commits)
-    loop.history.losses = losses
-    loop.history.evaluations.append((0, math.nan))  # so that it does not begin with one
-    loop.begin()
-    loop.run(group)
 
 
 # --- The peer --------------------------------------------------------------------------------------------------------
@@ -262,86 +203,34 @@ def micro_batch(how: str, batch: Any) -> Micro:
 
 
 def worker(side: Side, rank: int, folder: str, pipe: Connection) -> None:
-    """One process of a side: takes as many steps as it is told and answers how long they took; 0 ends it."""
+    """One process of a side."""
+    device = torch.device(side.device)
     if side.how in OURS:
-        prepare_process(torch.device(side.device), 1)  # on a GPU: deterministic algorithms
+        prepare_process(device, 1)  # on a GPU: deterministic algorithms
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     if side.num_workers > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/{side.how}-{side.kind}", rank=rank, world_size=side.num_workers)
-    losses: list[float] = []
-    left, started, cpu_started = 0, 0.0, 0.0
 
-    def turn() -> None:
-        nonlocal left, started, cpu_started
-        if left == 0:
-            pipe.send((time.perf_counter() - started, time.process_time() - cpu_started))
-            left = pipe.recv()
-            if left == 0:
-                raise Over
-            if side.num_workers > 1:
-                dist.barrier()
-            started, cpu_started = time.perf_counter(), time.process_time()
-        left -= 1
-
-    try:
+    def train(turn: Turn, losses: list[float]) -> None:
         if side.how in OURS:
             group = ProcessGroup(dist.group.WORLD, lambda: None) if side.num_workers > 1 and dist.group.WORLD else LocalGroup()
-            train_ours(side, group, turn, losses)
+            train_ours(side.spec(), new_model(side), group, turn, losses)
         else:
             train_peer(side, rank, turn, losses)
-    except Over:
-        pipe.send(losses)
+
+    def begin() -> None:
+        if side.num_workers > 1:
+            dist.barrier()
+
+    take_turns(train, pipe, device, begin=begin)
     if side.num_workers > 1:
         dist.destroy_process_group()
 
 
-class Workers:
-    """The processes of a side, waiting for their turn."""
-
-    def __init__(self, side: Side, folder: Path) -> None:
-        context = mp.get_context("spawn")
-        self.side = side
-        self._pipes, self._processes = [], []
-        for rank in range(side.num_workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=worker, args=(side, rank, str(folder), theirs), daemon=True)
-            process.start()
-            theirs.close()
-            self._pipes.append(ours)
-            self._processes.append(process)
-
-    def wait(self) -> tuple[float, float]:
-        """Wait for the end of a turn (or of the start); returns its seconds (the slowest worker's) and processor seconds (everybody's)."""
-        elapsed_s, cpu_s = zip(*(self._receive(pipe) for pipe in self._pipes), strict=True)
-        return max(elapsed_s), sum(cpu_s)
-
-    def take(self, num_steps: int) -> tuple[float, float]:
-        """Take a turn; returns what `wait` does."""
-        for pipe in self._pipes:
-            pipe.send(num_steps)
-        return self.wait()
-
-    def finish(self) -> list[float]:
-        """End the processes; returns the losses of all steps."""
-        for pipe in self._pipes:
-            pipe.send(0)
-        of_workers = [self._receive(pipe) for pipe in self._pipes]
-        for process in self._processes:
-            process.join(_TIMEOUT_S)
-        # Ours knows the mean over the global batch on every worker, the peer its own share of it.
-        return of_workers[0] if self.side.how in OURS else [sum(shares) for shares in zip(*of_workers, strict=True)]
-
-    def kill(self) -> None:
-        """Leave no process behind, whatever happened."""
-        for process in self._processes:
-            process.kill()
-            process.join()
-
-    def _receive(self, pipe: Connection) -> Any:
-        if not pipe.poll(_TIMEOUT_S):
-            raise TimeoutError(f"A worker of {self.side} said nothing for {_TIMEOUT_S} s.")
-        return pipe.recv()
+def losses_of(how: str, told: list[Done]) -> list[float]:
+    """Ours knows the mean over the global batch on every worker, the peer its own share of it."""
+    return told[0].losses if how in OURS else [sum(shares) for shares in zip(*(one.losses for one in told), strict=True)]
 
 
 @contextmanager
@@ -350,7 +239,8 @@ def all_sides(case: Side, folder: Path) -> Iterator[dict[str, Workers]]:
     with ExitStack() as stack:
         sides = {}
         for how in (*OURS, *PEERS):
-            sides[how] = Workers(replace(case, how=how), folder)
+            side = replace(case, how=how)
+            sides[how] = Workers(str(side), worker, [(side, rank, str(folder)) for rank in range(side.num_workers)])
             stack.callback(sides[how].kill)
         for workers in sides.values():
             workers.wait()
@@ -370,7 +260,7 @@ def measure(case: Side, folder: Path, num_rounds: int, num_steps: int) -> list[R
                 elapsed_s, cpu_s = sides[how].take(num_steps)
                 if number >= 0:
                     rates[how].append((tokens / elapsed_s, tokens / cpu_s))
-        losses = {how: workers.finish() for how, workers in sides.items()}
+        losses = {how: losses_of(how, workers.finish()) for how, workers in sides.items()}
     for how in OURS:
         check_losses(losses[how], losses["packed"], case.setting.max_loss_difference)
     metric = f"tokens_per_s_{case.num_workers}_{'worker' if case.num_workers == 1 else 'groups'}_{case.kind}"
@@ -380,13 +270,6 @@ def measure(case: Side, folder: Path, num_rounds: int, num_steps: int) -> list[R
         row(f"{metric}_fast", rates["fast"], name, rates["packed"], TARGET),
         row(f"{metric}_against_causal", rates["exact"], f"{name}, documents not apart", rates["causal"], None),
     ]
-
-
-def check_losses(ours: list[float], peer: list[float], most: float) -> None:
-    """Both sides have learned the same, or the comparison says nothing."""
-    worst = max(abs(one - other) / other for one, other in zip(ours, peer, strict=True))
-    if worst > most:
-        raise RuntimeError(f"The losses differ by up to {worst:.2%}, so the two sides do not do the same work: {ours} and {peer}.")
 
 
 def row(metric: str, ours: list[tuple[float, float]], peer_name: str, peer: list[tuple[float, float]], target: float | None) -> Row:
@@ -425,22 +308,14 @@ def main() -> int:
     parser.add_argument("--device", choices=list(SETTINGS), default="cpu", help="cuda: with one worker")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # through the ends of all `with`, so that nothing is left
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     setting, is_gpu = SETTINGS[options.device], options.device == "cuda"
     model = build_model(setting.config, VOCAB_SIZE, seed=1)
-    head = {
-        "machine": f"{os.cpu_count()} cores, {platform.machine()}, Linux, torch {torch.__version__}; "
-        + (torch.cuda.get_device_name() if is_gpu else "1 thread a worker"),
-        "date": datetime.now(UTC).isoformat("T", "seconds"),
-        "commit": commit,
-        "load_average": [round(one, 1) for one in os.getloadavg()],  # what else the machine did before
-        "model": f"Llama of {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{setting.sequence_length} tokens a sample, {setting.training}",
-    }
+    size = f"Llama of {sum(p.numel() for p in model.parameters()):,} parameters"
+    head = head_row(options.device, f"{size}, {setting.sequence_length} tokens a sample, {setting.training}")
     num_rounds, num_steps = (3, 1) if options.quick else (15, 1)
     rows = []
     with ScratchFolder("overhead") as folder:
-        store_url = prepare_dataset(Path(folder), setting.sequence_length)
+        store_url = prepare_stdlib(Path(folder), "stdlib", setting.sequence_length, VOCAB_SIZE)
         for num_workers in (1,) if is_gpu else (1, 2):
             for kind in ("lora", "full"):
                 rows += measure(Side("", kind, num_workers, store_url, options.device), Path(folder), num_rounds, num_steps)

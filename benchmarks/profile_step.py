@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 import torch
-from overhead import SETTINGS, Over, Side, prepare_dataset, train_ours
+from overhead import SETTINGS, VOCAB_SIZE, Side, new_model
 from torch.profiler import ProfilerActivity, profile
+from turns import Over, prepare_stdlib, train_ours
 
 from tidepool.scratch import ScratchFolder
 from tidepool.training.group import LocalGroup
@@ -43,9 +44,10 @@ def main() -> int:
         taken += 1
 
     with ScratchFolder("profile") as folder:
-        side = Side("exact", options.kind, 1, prepare_dataset(Path(folder), SETTINGS[options.device].sequence_length), options.device)
+        store_url = prepare_stdlib(Path(folder), "stdlib", SETTINGS[options.device].sequence_length, VOCAB_SIZE)
+        side = Side("exact", options.kind, 1, store_url, options.device)
         with suppress(Over):
-            train_ours(side, LocalGroup(), turn, [])
+            train_ours(side.spec(), new_model(side), LocalGroup(), turn, [])
     by = "self_device_time_total" if options.device == "cuda" else "self_cpu_time_total"
     table = profiler.key_averages().table(sort_by=by, row_limit=25, max_name_column_width=60)
     print(table)
