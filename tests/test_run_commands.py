@@ -205,7 +205,7 @@ def test_a_run_whose_workers_load_and_one_that_does_not_answer_are_training_too(
 # --- As JSON ---------------------------------------------------------------------------------------------------------
 
 SUMMARY = {"name", "state", "step", "steps", "commit", "groups", "wanted_groups", "goodput", "published"}
-DETAILS = SUMMARY | {"spec_digest", "pins", "incarnations", "account", "result", "live"}
+DETAILS = SUMMARY | {"script", "spec_digest", "pins", "incarnations", "account", "result", "live"}
 
 
 def test_json_has_the_same_keys_for_every_run_and_nothing_else_beside_it(trained: ObjectStore, ask: Ask) -> None:

@@ -2,7 +2,8 @@
 
 `list` and `show` tell; `resize`, `pause` and `stop` ask a run that trains; `resume` submits one that does not. What is told comes
 from the store (`spec.json`, the log, `result.json`) and, for a run that trains, from its coordinator. The text and the JSON hold
-the same facts. A run that trains in a cluster that was not asked is told as not running, with a word on that.
+the same facts. A run that trains in a cluster that was not asked is told as not running, with a word on that. A script under
+`python -m tidepool.run` is a process of its own, which nobody can be asked about: its run is finished or it is not.
 """
 
 import argparse
@@ -51,6 +52,7 @@ _PINS = ("dataset", "base", "base_digest")
 _ACCOUNT = ("started_at", "wall_s", "goodput", "useful_s", "rest", "quorum_changes", "recomputed_steps")
 _LIVE = ("quorum", "is_stepping", "stopping", "step", "incarnation", "committed", "wanted_groups", "groups")
 _WORKER = ("group", "rank_in_group", "rank", "node_ip", "pid", "phase", "step")
+_SCRIPT = ("script", "arguments", "sha256", "device", "torch")
 _SHA256S = ("weights_sha256", "optimizer_sha256", "history_sha256")
 _RESULT = ("samples", "first_loss", "last_loss", "held_out_loss_before", "held_out_loss_after", "published", *_SHA256S)
 
@@ -101,6 +103,10 @@ def _resume(options: argparse.Namespace, store: ObjectStore, cluster: Cluster) -
     name = options.name
     if "/" in name or not any(store.list(f"runs/{name}/")):
         raise _unknown(name, store)
+    if _document(store, f"runs/{name}/script.json") is not None:
+        raise RunError(
+            f"Run {name} is a script's: start it again with the command that began it (`python -m tidepool.run --run {name} ...`)."
+        )
     stored, seen = _document(store, f"runs/{name}/spec.json"), cluster.look()
     if seen.problem:
         raise ClusterError(f"Run {name} cannot be resumed: {seen.problem}.")
@@ -182,6 +188,9 @@ class _Stored:
     account: Facts
     """That of the newest commit, read only where nothing newer has one."""
     is_paused: bool
+    script: Facts | None
+    """What is run, if it is a script under `tidepool.run`."""
+    script_end: Facts | None
 
 
 def _read(store: ObjectStore, name: str, seen: Look) -> _Stored:
@@ -204,6 +213,8 @@ def _read(store: ObjectStore, name: str, seen: Look) -> _Stored:
         committed_at=at.get(f"runs/{name}/log/{number}.json"),
         account=account,
         is_paused=paused_step(store, name) is not None,
+        script=_document(store, f"runs/{name}/script.json"),
+        script_end=_document(store, f"runs/{name}/finished.json"),
     )
 
 
@@ -220,10 +231,12 @@ def _document(store: ObjectStore, key: str) -> Facts | None:
 def _summary(stored: _Stored, seen: Look, now: datetime) -> Facts:
     """What is told of a run in the list."""
     result, commit, live = stored.result or {}, stored.commit, seen.runs.get(stored.name)
-    idle = "paused" if stored.is_paused else "not running"
-    state = "finished" if result else "training" if stored.name in seen.runs else idle
+    idle = "paused" if stored.is_paused else "unfinished" if stored.script else "not running"
+    state = "finished" if result or stored.script_end else "training" if stored.name in seen.runs else idle
     # The commit may be newer than what the run said: the cluster was asked first.
-    reached = result.get("steps") or max((live or {}).get("step", 0), commit.step if commit else 0)
+    reached = (
+        (stored.script_end or {}).get("num_steps") or result.get("steps") or max((live or {}).get("step", 0), commit.step if commit else 0)
+    )
     return {
         "name": stored.name,
         "state": state,
@@ -255,6 +268,7 @@ def _details(stored: _Stored, seen: Look, now: datetime) -> Facts:
     live = seen.runs.get(stored.name) if summary["state"] == "training" else None
     return {
         **summary,
+        "script": _chosen(stored.script, _SCRIPT) if stored.script else None,
         "spec_digest": document.get("spec_digest"),
         "pins": _chosen(document["pins"], _PINS) if document else None,
         "incarnations": [{"number": one.number, "base": one.base.name if one.base else None} for one in stored.claims],
@@ -298,13 +312,18 @@ def _row(run: Facts) -> tuple[str, ...]:
 def _lines(run: Facts) -> list[str]:
     commit, claims, pins = run["commit"], run["incarnations"], run["pins"] or {}
     base = f"{pins['base']} (digest {pins['base_digest']})" if pins.get("base") else "none: a new model" if pins else "-"
+    made_from = {
+        "spec digest": run["spec_digest"] or "- (no worker has begun yet)",
+        "dataset": pins.get("dataset", "-"),
+        "base": base,
+    }
+    if script := run["script"]:
+        made_from = {"script": " ".join([script["script"], *script["arguments"]]), "sha256": script["sha256"]}
     shown = {
         "run": run["name"],
         "state": run["state"],
         "step": _of(run["step"], run["steps"]),
-        "spec digest": run["spec_digest"] or "- (no worker has begun yet)",
-        "dataset": pins.get("dataset", "-"),
-        "base": base,
+        **made_from,
         "incarnations": f"{len(claims)}, the newest from {_origin(claims[-1]['base'])}" if claims else "0",
         "commit": f"step {commit['step']}, {_ago(commit)}: {commit['name']}" if commit else "none yet",
     }

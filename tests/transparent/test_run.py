@@ -11,6 +11,7 @@ import pytest
 
 from tests.transparent.runs import ROOT, Starter
 from tidepool.checkpoint import RunLog, read_manifest, verify
+from tidepool.cli import main as tidepool
 from tidepool.storage import open_store, put_json
 
 SMALL = """
@@ -223,3 +224,21 @@ def test_the_command_itself_fixes_hashes_and_takes_the_store_from_the_environmen
     assert ran[0].stdout == ran[1].stdout
     assert "['--epochs', '3']" in ran[0].stdout
     assert "arrived at step 12" in ran[1].stderr, "a commit on its way is waited for, however the script ends"
+
+
+def test_tidepool_runs_tells_of_a_script(starter: Starter, capsys: pytest.CaptureFixture[str]) -> None:
+    def told(*command: str) -> str:
+        status = tidepool(["runs", *command, "--store", starter.store_url])
+        out, err = capsys.readouterr()
+        assert status == (1 if err else 0)
+        return out + err
+
+    script = write(starter, SMALL)
+    assert starter.resumable(script, options=EVERY_2, on=r"committed step 4$").status == -9
+    assert re.search(r"^r +unfinished +\d+ ", told("list"), re.MULTILINE)
+    assert "start it again with the command that began it" in told("resume", "r")
+    assert starter.resumable(script, options=EVERY_2).status == 0
+    assert re.search(r"^r +finished +12 ", told("list"), re.MULTILINE)
+    shown = told("show", "r")
+    assert re.search(r"^ +script  script.py$", shown, re.MULTILINE)
+    assert "dataset" not in shown
