@@ -9,7 +9,8 @@ them. Turns are as long as the slowest checkpoint, so that none of it is left ou
 
 `bytes_per_s`: from the snapshot to the commit that stands, without training beside it, against one put of as many bytes by the
 raw client: obstore's S3 client against an S3 server on loopback (moto: one process of Python), and a file that is written and
-synced for the file store. Ours has a manifest, checksums and sizes read back besides; the raw client overwrites.
+synced for the file store. Ours has a manifest, checksums and sizes read back besides; the raw client overwrites. Old commits are
+removed after that, which counts in the stall and not here.
 
 The peer is `torch.distributed.checkpoint.async_save` to files of the same disk, synced, as it comes, and its blocking `save`.
 """
@@ -113,6 +114,7 @@ class Ours:
 
     def _finish(self, taken: Taken, commit: Commit, objects: list[StoredObject]) -> None:
         taken.checkpoints.commit(commit, objects, {})
+        self.committed_at = time.perf_counter()
         taken.checkpoints.retain(1)
         self._newest, self._last = commit.step, commit
 
@@ -152,12 +154,15 @@ class Torch:
     def before_update(self) -> None:
         """It has copied before it returned."""
 
-    def wait(self) -> None:
+    def wait(self) -> float:
+        """Until it is there; returns when it was. The one before is removed then."""
         if self._saving is not None:
             self._saving.result()
             self._saving = None
+        saved_at = time.perf_counter()
         if self._old is not None:
             shutil.rmtree(self._old)
+        return saved_at
 
     def close(self) -> None:
         shutil.rmtree(self._path)
@@ -245,29 +250,30 @@ def measure_rate(training: Training, folder: Path, num_rounds: int, is_s3: bool)
         ours, torchs = Ours(store, 300), Torch(folder, is_async=True)
         payload = memoryview(bytearray(random.Random(1).randbytes(2**20) * (training.num_bytes // 2**20)))
 
-        def commit() -> None:
+        def commit() -> float:
             training.step(ours.before_update)
-            started.append(time.perf_counter())
+            started = time.perf_counter()
             ours.save(training)
             ours.wait()
+            return ours.committed_at - started
 
-        def async_save() -> None:
-            started.append(time.perf_counter())
+        def async_save() -> float:
+            started = time.perf_counter()
             torchs.save(training)
-            torchs.wait()
+            return torchs.wait() - started
 
-        def put() -> None:
-            started.append(time.perf_counter())
+        def put() -> float:
+            started = time.perf_counter()
             raw(payload)
+            return time.perf_counter() - started
 
-        started: list[float] = []
         calls = {"ours": commit, "raw": put} | ({} if is_s3 else {"async_save": async_save})
         rates: dict[str, list[float]] = {side: [] for side in calls}
         for number in range(-1, num_rounds):  # the first one warms up
             for side in random.Random(number).sample(list(calls), len(calls)):
-                calls[side]()
+                elapsed_s = calls[side]()
                 if number >= 0:
-                    rates[side].append((len(payload) if side == "raw" else training.num_bytes) / (time.perf_counter() - started[-1]))
+                    rates[side].append((len(payload) if side == "raw" else training.num_bytes) / elapsed_s)
         ours.close()
         if not is_s3:
             torchs.close()
@@ -355,7 +361,7 @@ def main() -> int:
         "commit": commit,
         "load_average": [round(one, 1) for one in os.getloadavg()],  # what else the machine did before
     }
-    num_rounds = 3 if options.quick else 9
+    num_rounds = 3 if options.quick else 15
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # async_save asks for one
     training = Training(device)
     with ScratchFolder("checkpoint") as folder:

@@ -23,7 +23,7 @@ from tests.training.conftest import CONFIG, check_exactly_once, make_run, prepar
 from tests.training.jobs import Job, Status, bits, claims, coordinator
 from tests.training.nodes import ADDRESS, Node, second_node
 from tidepool import local_cluster
-from tidepool.checkpoint import RunLog
+from tidepool.checkpoint import RunLog, read_manifest, verify
 from tidepool.data import find_dataset
 from tidepool.local_cluster import LocalCluster
 from tidepool.messages import AskBack, Reason, Resize
@@ -360,6 +360,23 @@ def test_no_bit_depends_on_a_history_of_4_1_3_and_2_groups(
     assert set(two.values()) < set(three.values())
     result = check_same(job, store, bits(dict(alone)))
     assert result["recomputed_steps"] == 0
+
+
+# --- Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_members_bring_their_parts_of_a_large_state_into_one_commit(start: Start, store: ObjectStore) -> None:
+    large = CONFIG | {"hidden_size": 256, "intermediate_size": 1536, "num_hidden_layers": 8}
+    changes: dict[str, Any] = {"model": {"config": large}, "training": {"steps": 10}, "checkpoint": {"every_steps": 4, "keep": 9}}
+    alone = train_here(elastic_run(store, "large-alone", **changes)).result
+    assert alone is not None
+    job = start("large", **changes)
+    gather(job)
+    check_same(job, store, bits(dict(alone)))
+    together = next(commit for commit in RunLog(store, "large").visible_commits() if commit.step == 8)
+    names = [entry["name"] for entry in read_manifest(store, "large", together)["objects"]]
+    assert {"optimizer-0-of-3.safetensors", "optimizer-1-of-3.safetensors", "optimizer-2-of-3.safetensors"} < set(names)
+    verify(store, "large", together)
 
 
 # --- Operations -----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,10 @@ Which steps are worth a checkpoint, and what is in one, is the caller's business
 
 import hashlib
 import logging
+import os
 import re
+import sys
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +46,7 @@ from tidepool.storage import ObjectStore, get_json, put_json
 _logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 16 * 2**20
 _MAX_CLAIM_TRIES = 100  # each one lost means that another driver, or a commit of the one before, was first
+_CHECKSUM_NICENESS = 19
 _GARBAGE_AGE = timedelta(days=1)
 _OBJECT = re.compile(r"([a-z]+)(?:-\d+-of-\d+)?(?:\.\d+)?\.safetensors")
 StoredObject = dict[str, Any]
@@ -84,7 +88,7 @@ class Checkpoints:
         """
         assert _OBJECT.fullmatch(name), name
         key = f"{_data_prefix(self._run, commit)}{name}"
-        with ThreadPoolExecutor(1, "sha256") as executor:  # beside the put, on another core
+        with ThreadPoolExecutor(1, "sha256", _yield_processor) as executor:  # beside the put, on another core
             digest = executor.submit(lambda: hashlib.sha256(data).hexdigest())
             self._store.put_if_absent(key, data)
         stored = self._store.size(key)
@@ -192,6 +196,12 @@ class Checkpoints:
         if not entries:
             raise _corrupt(self._run, commit, f"its manifest names no {name}.safetensors")
         return tensors
+
+
+def _yield_processor() -> None:
+    """Let this thread have what others leave: where a step is computed beside a put, it is not to wait for a checksum."""
+    if sys.platform == "linux":  # elsewhere it would be the whole process
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _CHECKSUM_NICENESS)
 
 
 def claim_incarnation(store: ObjectStore, run: str, details: Mapping[str, Any]) -> Incarnation:
