@@ -25,7 +25,8 @@ def prepare_process(device: torch.device, num_threads: int) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # shows reads of unwritten memory, at a write of all that is allocated
+        # It shows reads of memory that nobody wrote, at the price of writing whatever is allocated.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -30,7 +30,7 @@ def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
     # Labels move and not logits, and what is no target is ignored in place: logits are by far the largest, and none are gathered.
     labels_NT = torch.full_like(batch.tokens_NT, _IGNORED)
     labels_NT[:, :-1] = torch.where(batch.targets_NT[:, 1:], batch.tokens_NT[:, 1:], _IGNORED)
-    loss: Tensor = _CrossEntropy.apply(logits_NTV.flatten(0, 1), labels_NT.flatten())
+    loss: Tensor = _CrossEntropy.apply(logits_NTV.flatten(0, 1), labels_NT.flatten())  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -60,7 +60,7 @@ class _CrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, None]:
         (gradient_MV,) = ctx.saved_tensors
         return gradient_MV.mul_(loss_gradient), None  # in place: a second backward pass would be refused for that
 

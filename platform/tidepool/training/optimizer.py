@@ -53,7 +53,8 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
         norms = torch.stack(torch._foreach_norm(list(gradients)))  # in pieces by itself
     else:
         norms = torch.cat([norm for gradient in gradients for norm in _piece_norms(gradient.view(-1))])
-    return torch.linalg.vector_norm(norms, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(norms, dtype=torch.float64)
+    return norm
 
 
 def _piece_norms(flat: Tensor) -> list[Tensor]:
