@@ -194,7 +194,7 @@ def micro_batch(how: str, batch: Any) -> Micro:
     """With documents apart (`packed`), or as plain causal rows."""
     labels = torch.where(batch.targets_NT, batch.tokens_NT, -100)
     inputs: dict[str, Tensor | None] = {"input_ids": batch.tokens_NT, "labels": labels}
-    if how == "packed":
+    if how == "packed" and batch.documents_NT is not None:
         inputs |= {"attention_mask": packed_attention_mask(batch.documents_NT), "position_ids": packed_positions(batch.documents_NT)}
     return Micro(inputs, int((labels[:, 1:] != -100).sum()))
 

@@ -30,10 +30,10 @@ def training(**changes: Any) -> TrainingSpec:
     ("size", "demand", "capacity_gb", "advice"),
     [
         (LORA_8B, Demand(8, False, 1024), 80, "Lower training.micro_batch_size from 8 to 4. "),
-        (LORA_8B, Demand(8, False, 2048), 40, "Lower training.micro_batch_size from 8 to 1. "),
+        (LORA_8B, Demand(8, False, 2048), 40, "Lower training.micro_batch_size from 8 to 2. "),
         (
             LORA_8B,
-            Demand(8, False, 4096),
+            Demand(8, False, 8192),
             40,
             "Lower training.micro_batch_size from 8 to 2, and set training.gradient_checkpointing to true",
         ),

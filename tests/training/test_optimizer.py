@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tidepool.specs import OptimizerSpec
-from tidepool.training.optimizer import build_optimizer, clip, learning_rate
+from tidepool.training.optimizer import build_optimizer, gradient_norm, learning_rate, scale
 
 
 @given(st.integers(1, 50), st.integers(0, 50), st.sampled_from(["constant", "linear", "cosine"]))
@@ -32,20 +32,23 @@ def test_halfway_down_a_cosine() -> None:
     assert learning_rate(5, 11, spec) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
 
 
-def test_clipping_scales_to_the_norm_and_reports_the_norm_before() -> None:
-    gradient = torch.tensor([3.0, 4.0])
-    assert clip(gradient, 1.0) == 5.0
-    assert torch.allclose(gradient, torch.tensor([0.6, 0.8]))
-    small = torch.tensor([0.3, 0.4])
-    clip(small, 1.0)
-    clip(small, None)
-    assert torch.equal(small, torch.tensor([0.3, 0.4]))
+def test_gradients_are_scaled_and_clipped_to_the_norm() -> None:
+    gradients = [torch.tensor([6.0]), torch.tensor([[0.0, 8.0]])]
+    assert gradient_norm(gradients).item() == 10.0
+    scale(gradients, 0.5, 5.0, None)
+    assert [gradient.tolist() for gradient in gradients] == [[3.0], [[0.0, 4.0]]]
+    scale(gradients, 0.5, 2.5, 2.5)
+    assert [gradient.tolist() for gradient in gradients] == [[1.5], [[0.0, 2.0]]]
+    scale(gradients, 2.0, 5.0, 1.0)
+    torch.testing.assert_close(torch.cat([gradient.flatten() for gradient in gradients]), torch.tensor([0.6, 0.0, 0.8]))
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**14, 3 * 2**14 + 5])
 def test_the_norm_is_that_of_float64_whatever_the_length(size: int) -> None:
-    gradient = torch.randn(size, generator=torch.Generator().manual_seed(size)) * 1e-4
-    assert clip(gradient, None) == pytest.approx(float(gradient.double().norm()), rel=1e-6)
+    generator = torch.Generator().manual_seed(size)
+    gradients = [torch.randn(shape, generator=generator) * 1e-4 for shape in ((size,), (3, 7))]
+    flat = torch.cat([gradient.double().flatten() for gradient in gradients])
+    assert gradient_norm(gradients).item() == pytest.approx(float(flat.norm()), rel=1e-6)
 
 
 def test_vectors_do_not_decay() -> None:

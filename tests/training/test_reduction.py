@@ -1,6 +1,7 @@
 """The reductions on real process groups: the exact one has the same bits whoever computes which shards, the plain one its sum."""
 
 import multiprocessing
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,13 @@ import torch.distributed as dist
 from tests.training.conftest import make_run, train_here
 from tidepool.training.group import LocalGroup
 from tidepool.training.process_group import ProcessGroup
-from tidepool.training.reduction import REDUCTIONS, GradientBuffers, reduce_gradients
+from tidepool.training.reduction import REDUCTIONS, FlatLayout
 
-SHAPES = {"matrix": (37, 11), "vector": (5,)}
+SHAPES = [torch.Size((37, 11)), torch.Size((5,))]
 
 
-def make_parameters() -> dict[str, torch.nn.Parameter]:
-    return {name: torch.nn.Parameter(torch.zeros(shape)) for name, shape in SHAPES.items()}
+def make_parameters() -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(torch.zeros(shape)) for shape in SHAPES]
 
 
 def shard_gradient(shard: int, shape: tuple[int, ...]) -> torch.Tensor:
@@ -24,24 +25,31 @@ def shard_gradient(shard: int, shape: tuple[int, ...]) -> torch.Tensor:
     return torch.randn(shape, generator=generator) * 10.0 ** (shard % 5)  # of many sizes, so that the order of addition shows
 
 
+def add_to_grad(parameter: torch.nn.Parameter, gradient: torch.Tensor) -> None:
+    """As a backward pass does."""
+    if parameter.grad is None:
+        parameter.grad = gradient
+    else:
+        parameter.grad += gradient
+
+
 def reduce_twice(
     group: LocalGroup | ProcessGroup, num_shards: int, name: str = "exact", adds_once: bool = False
 ) -> tuple[torch.Tensor, int]:
-    """The reduced gradient without padding, and how many shards this worker computed."""
+    """The reduced gradient, flat, and how many shards this worker computed."""
     parameters, computed = make_parameters(), []
 
     def compute(shard: int) -> None:
         computed.append(shard)
-        for parameter in parameters.values():
-            assert parameter.grad is not None
-            parameter.grad += shard_gradient(shard, parameter.shape)
+        for parameter in parameters:
+            add_to_grad(parameter, shard_gradient(shard, parameter.shape))
 
-    buffers = GradientBuffers(parameters, group.size)
     results = []
     for _ in range(2):
-        whole = REDUCTIONS[name](compute, num_shards, buffers, group, adds_once)
-        results.append(whole[: sum(p.numel() for p in parameters.values())].clone())
-        buffers.give_back(whole)
+        gradients = REDUCTIONS[name](compute, num_shards, parameters, group, adds_once)
+        assert [gradient.shape for gradient in gradients] == list(SHAPES)
+        assert all(parameter.grad is None for parameter in parameters)
+        results.append(torch.cat([gradient.flatten() for gradient in gradients]))
     assert torch.equal(*results)
     return results[0], len(computed) // 2
 
@@ -87,7 +95,7 @@ def test_every_world_size_gives_the_bits_of_one_worker(tmp_path: Path, world_siz
 
 def test_the_order_of_addition_matters_for_these_gradients() -> None:
     """Without this, the test above could pass for any reduction."""
-    flat = [torch.cat([shard_gradient(shard, shape).view(-1) for shape in SHAPES.values()]) for shard in range(8)]
+    flat = [torch.cat([shard_gradient(shard, shape).view(-1) for shape in SHAPES]) for shard in range(8)]
     one_by_one = flat[0].clone()
     for gradient in flat[1:]:
         one_by_one += gradient
@@ -101,30 +109,44 @@ def test_adding_in_place_changes_no_bit(num_shards: int) -> None:
     assert num_computed == num_shards
 
 
-def test_few_gradient_copies_are_held() -> None:
+@pytest.mark.parametrize(("name", "adds_once", "most"), [("exact", False, 7), ("exact", True, 6), ("fast", False, 1)])
+def test_few_gradient_copies_are_held(name: str, adds_once: bool, most: int) -> None:
+    """log2(64) + 1; one less where the last two levels of the tree share one; one in the plain reduction. None is left over."""
     parameters = make_parameters()
-    buffers = GradientBuffers(parameters, 1)
-    taken: list[torch.Tensor] = []
-    original = buffers.take
+    held: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    counts = []
 
-    def counting_take() -> torch.Tensor:
-        buffer = original()
-        if all(buffer is not one for one in taken):
-            taken.append(buffer)
-        return buffer
+    def compute(_shard: int) -> None:
+        for parameter in parameters:
+            gradient = torch.ones(parameter.shape)
+            if parameter.grad is None:
+                held.add(gradient)
+            add_to_grad(parameter, gradient)
+            del gradient
+        counts.append(len(held) // len(parameters))
 
-    buffers.take = counting_take  # type: ignore[method-assign]
     for _ in range(3):
-        buffers.give_back(reduce_gradients(lambda _shard: None, 64, buffers, LocalGroup(), False))
-    assert len(taken) <= 7  # log2(64) + 1
+        REDUCTIONS[name](compute, 64, parameters, LocalGroup(), adds_once)
+        assert not held
+    assert max(counts) == most
 
 
-def test_the_plain_reduction_holds_one_gradient() -> None:
+def test_a_parameter_that_nothing_depends_on_has_a_gradient_of_zeros() -> None:
+    first, second = make_parameters()
+    gradients = REDUCTIONS["exact"](lambda _shard: add_to_grad(second, torch.ones(5)), 4, [first, second], LocalGroup(), True)
+    assert [gradient.unique().tolist() for gradient in gradients] == [[0.0], [4.0]]
+
+
+@pytest.mark.parametrize("num_slices", [1, 2, 3, 7])
+def test_gradients_are_found_again_in_a_flat_tensor(num_slices: int) -> None:
     parameters = make_parameters()
-    buffers = GradientBuffers(parameters, 1)
-    seen = set()
-    whole = REDUCTIONS["fast"](lambda _shard: seen.add(parameters["matrix"].grad.data_ptr()), 64, buffers, LocalGroup(), False)  # type: ignore[union-attr]
-    assert seen == {whole.data_ptr()}
+    layout = FlatLayout(parameters, num_slices)
+    gradients = [torch.randn(shape) for shape in SHAPES]
+    flat = layout.flatten(gradients)
+    assert flat.numel() % num_slices == 0
+    for view, gradient in zip(layout.views(flat), gradients, strict=True):
+        assert torch.equal(view, gradient)
+        assert (view.data_ptr() - flat.data_ptr()) % 256 == 0, "aligned as a tensor of its own, or a GPU's sums over it may have other bits"
 
 
 def test_a_run_uses_the_reduction_of_its_spec(prepared: str, run_name: str) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,7 +44,10 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
 
 
 def add_lora(model: PreTrainedModel, spec: LoraSpec, seed: int, base_ref: str) -> PeftModel:
-    """Put a new adapter to train on a model, in place; all other weights are frozen. Raises `ModelError`."""
+    """Put a new adapter to train on a model, in place; all other weights are frozen. Raises `ModelError`.
+
+    The adapter is float32: on a model in bf16, compute under autocast.
+    """
     _check_targets(model, spec)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -55,6 +59,9 @@ def add_lora(model: PreTrainedModel, spec: LoraSpec, seed: int, base_ref: str) -
     )
     with seeded(seed), _without_advice():
         adapted = get_peft_model(model, config)
+    for module in adapted.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # autocast casts the adapter's weights; peft would copy each input as float32 too
     adapted.peft_config["default"].base_model_name_or_path = base_ref
     return adapted
 

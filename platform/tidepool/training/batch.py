@@ -6,8 +6,10 @@ global order, epoch after epoch: who computes the shard, and what was computed b
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tidepool.data import Layout, Samples, sample_at
@@ -16,11 +18,14 @@ from tidepool.specs import TrainingSpec
 
 @dataclass(frozen=True)
 class Batch:
-    """N samples of T tokens on a device: tokens (int64), targets (bool), numbers of packed documents (int64, -1 padding)."""
+    """N samples of T tokens on a device: tokens (int64), targets (bool), numbers of packed documents (int64, -1 padding).
+
+    There are no numbers where no sample holds more than one document, for which plain causal attention is right: padding comes after.
+    """
 
     tokens_NT: Tensor
     targets_NT: Tensor
-    documents_NT: Tensor
+    documents_NT: Tensor | None
 
 
 def shard_samples(step: int, shard: int, spec: TrainingSpec, seed: int, layout: Layout) -> list[int]:
@@ -34,8 +39,15 @@ def cut_batches(samples: Samples, batch_size: int, device: torch.device) -> Iter
     """The samples, `batch_size` at a time (the last may be smaller)."""
     for start in range(0, len(samples.tokens_NT), batch_size):
         rows = slice(start, start + batch_size)
+        documents_NT = samples.documents_NT[rows]
         yield Batch(
-            torch.from_numpy(samples.tokens_NT[rows]).to(device, torch.int64),
-            torch.from_numpy(samples.loss_mask_NT[rows]).to(device),
-            torch.from_numpy(samples.documents_NT[rows]).to(device, torch.int64),
+            _to(device, samples.tokens_NT[rows]).long(),
+            _to(device, samples.loss_mask_NT[rows]),
+            _to(device, documents_NT).long() if documents_NT.max() > 0 else None,
         )
+
+
+def _to(device: torch.device, values: NDArray[Any]) -> Tensor:
+    """On a GPU without waiting for what it has to do before: memory that can be paged out would have to be waited for."""
+    tensor = torch.from_numpy(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

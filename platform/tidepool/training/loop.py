@@ -31,9 +31,9 @@ from tidepool.training.commits import Commits
 from tidepool.training.evaluation import evaluate
 from tidepool.training.group import Group
 from tidepool.training.objective import loss_sum, precision
-from tidepool.training.optimizer import build_optimizer, clip, learning_rate, set_learning_rate
+from tidepool.training.optimizer import build_optimizer, gradient_norm, learning_rate, scale, set_learning_rate
 from tidepool.training.prefetch import Prefetch
-from tidepool.training.reduction import REDUCTIONS, GradientBuffers
+from tidepool.training.reduction import REDUCTIONS
 from tidepool.training.sample_record import SampleRecord, samples_digest
 from tidepool.training.sharding import owned_shards
 from tidepool.training.state import History, Tensors, capture, install, prepare_moments, trained_parameters
@@ -152,7 +152,6 @@ class StepLoop:
         """Take steps with `group`; the last state is committed unless the quorum is only to change. Raises `QuorumLost`."""
         assert self.is_whole
         self.model.train()
-        buffers = GradientBuffers(self._parameters, group.size)
         self.read_ahead(self.step, group.rank, group.size)
         said = self._agree(group)
         said = replace(said, wishes=Wishes(stop=said.wishes.stop))  # a quorum takes a step before it changes, or it might never take one
@@ -166,7 +165,7 @@ class StepLoop:
                 self._meet(group)  # nobody leaves before the commit stands
             if ending is not None:
                 return ending
-            said = self._step(group, buffers)
+            said = self._step(group)
 
     def read_ahead(self, step: int, rank: int, size: int) -> None:
         """Begin to read what rank `rank` of `size` needs from `step` on; `run` does it, too, and what was read by then is there."""
@@ -182,14 +181,16 @@ class StepLoop:
         """End the threads that read ahead."""
         self._data.close()
 
-    def _step(self, group: Group, buffers: GradientBuffers) -> _Said:
+    def _step(self, group: Group) -> _Said:
         """One optimizer step; returns what the members said in it."""
         started, waited_s = time.monotonic(), self._data.waited_s
         spec = self.spec.training
         stats_S3 = torch.zeros(spec.num_shards + 2, 3, dtype=torch.float64, device=self.device)
         mine_6 = self._said(group)
         reduce, adds_once = REDUCTIONS[spec.reduction], spec.micro_batch_size == spec.shard_size
-        gradient = reduce(lambda shard: self._compute(shard, stats_S3), spec.num_shards, buffers, group, adds_once, self.watch.tick)
+        parameters = list(self._parameters.values())
+        gradients = reduce(lambda shard: self._compute(shard, stats_S3), spec.num_shards, parameters, group, adds_once, self.watch.tick)
+        norm_of_sum = gradient_norm(gradients)  # before anything waits for the device
         mine_6[-1] = self._data.waited_s - waited_s
         stats_S3[-2:] = mine_6.view(2, 3)
         group.all_reduce(stats_S3)
@@ -197,16 +198,16 @@ class StepLoop:
         said = _Said.parse(stats[-2:].flatten())
         stats = stats[:-2]
         total, num_targets, _ = stats.cumsum(0)[-1].tolist()
-        loss = total / num_targets if num_targets else math.nan
-        # Without the padding, whose length depends on the number of workers: a sum's bits depend on its length.
-        norm = clip(gradient.div_(num_targets)[: buffers.num_elements], spec.optimizer.clip_norm)
+        loss, norm = (total / num_targets, float(norm_of_sum) / num_targets) if num_targets else (math.nan, math.nan)
         self._check_finite(loss, norm, stats[:, 0])
         rate = learning_rate(self.step, spec.steps, spec.optimizer)
-        buffers.point(gradient)
+        scale(gradients, 1 / num_targets, norm, spec.optimizer.clip_norm)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
         self.watch.tick("step")
         self.watch.check()
         self._apply(loss, norm, rate, stats[:, 2])
-        buffers.give_back(gradient)
+        self._optimizer.zero_grad()
         elapsed_s = time.monotonic() - started
         values = {
             "loss": loss,

@@ -3,7 +3,7 @@
 An estimate in bytes, to compare one spec with another: the weights; gradients (a shard's, and what is left of the tree) and
 AdamW's two moments in float32 for what is trained; activations of 34 values of 8 bits for each token, layer and hidden unit
 in 16 bits (Korthikanti et al. 2022, without the attention matrix), twice that in float32, or the layers' inputs and one
-layer with checkpointing; three copies of the logits. It is rough, so what is proposed is at most three quarters of it.
+layer with checkpointing; the logits and their gradient. It is rough, so what is proposed is at most three quarters of it.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ class Demand:
 
 def state_bytes(size: ModelSize, num_shards: int) -> int:
     """Weights, gradients and moments: what no choice of the batch changes."""
-    num_gradients = num_shards.bit_length() + 1  # see `reduction`: a lone worker holds log2(S) + 1, and one is being computed
+    num_gradients = num_shards.bit_length()  # see `reduction`: log2(S) + 1, the one that is being computed among them
     return size.weights_bytes + 4 * size.num_trained * (num_gradients + 2)
 
 
@@ -54,7 +54,7 @@ def step_bytes(size: ModelSize, demand: Demand) -> int:
     num_tokens = demand.micro_batch_size * demand.sequence_length
     layer = 17 * size.hidden_size * size.value_bytes
     kept = layer + size.num_layers * size.hidden_size * size.value_bytes if demand.gradient_checkpointing else size.num_layers * layer
-    return num_tokens * (kept + 3 * 4 * size.vocab_size)
+    return num_tokens * (kept + 2 * size.value_bytes * size.vocab_size)
 
 
 def advise(size: ModelSize, demand: Demand, training: TrainingSpec, capacity_bytes: int) -> str:

@@ -15,6 +15,8 @@ from tidepool.errors import NumericsError
 from tidepool.specs import RunSpec, differences
 
 Fingerprint = dict[str, str | int]
+_COMPUTATION = 2
+"""Counts the changes of our own step that changed bits."""
 
 
 def prepare_process(device: torch.device, num_threads: int) -> None:
@@ -23,6 +25,8 @@ def prepare_process(device: torch.device, num_threads: int) -> None:
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # It shows reads of memory that nobody wrote, at the price of writing whatever is allocated.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def resolve_dtype(precision: str, device: torch.device) -> torch.dtype:
@@ -45,6 +49,7 @@ def fingerprint(spec: RunSpec, device: torch.device) -> Fingerprint:
         "num_threads": torch.get_num_threads(),
         "dtype": str(resolve_dtype(spec.training.precision, device)).removeprefix("torch."),
         "attention": "sdpa",
+        "computation": _COMPUTATION,
         "optimizer_kernel": spec.training.optimizer.kernel,
     }
 

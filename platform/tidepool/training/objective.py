@@ -6,30 +6,63 @@ same wherever it stands.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
 from tidepool.models import packed_attention_mask, packed_positions
 from tidepool.training.batch import Batch
 
 _IGNORED = -100
+_SLICE_SIZE = (2**18, 2**26)
+"""Logits in a slice of the loss: such that it stays in a CPU's cache, and such that a GPU has enough to do."""
 
 
 def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The summed loss in nats, a float32 scalar, of the batch's targets, each predicted from its document alone."""
-    logits_NTV = model(
-        input_ids=batch.tokens_NT,
-        attention_mask=packed_attention_mask(batch.documents_NT),
-        position_ids=packed_positions(batch.documents_NT),
-        use_cache=False,
-    ).logits
+    apart = {}
+    if batch.documents_NT is not None:  # a mask keeps attention from its fastest kernels
+        apart = {"attention_mask": packed_attention_mask(batch.documents_NT), "position_ids": packed_positions(batch.documents_NT)}
+    logits_NTV = model(input_ids=batch.tokens_NT, use_cache=False, **apart).logits
     # Labels move and not logits, and what is no target is ignored in place: logits are by far the largest, and none are gathered.
     labels_NT = torch.full_like(batch.tokens_NT, _IGNORED)
     labels_NT[:, :-1] = torch.where(batch.targets_NT[:, 1:], batch.tokens_NT[:, 1:], _IGNORED)
-    return cross_entropy(logits_NTV.flatten(0, 1).float(), labels_NT.flatten(), ignore_index=_IGNORED, reduction="sum")
+    loss: Tensor = _CrossEntropy.apply(logits_NTV.flatten(0, 1), labels_NT.flatten())  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """The summed cross-entropy of logits_MV and labels_M, and beside it its gradient, a slice of tokens at a time.
+
+    A slice is float32 while it is computed; what is kept is the gradient in the dtype of the logits. `cross_entropy` would
+    hold all of them in float32 three times over: as such, as log-probabilities, and as their gradient.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits_MV: Tensor, labels_M: Tensor) -> Tensor:
+        gradient_MV = torch.empty_like(logits_MV) if ctx.needs_input_grad[0] else None
+        num_tokens = max(1, _SLICE_SIZE[logits_MV.device.type == "cuda"] // logits_MV.shape[1])
+        total = torch.zeros((), dtype=torch.float32, device=logits_MV.device)
+        for start in range(0, len(labels_M), num_tokens):
+            rows = slice(start, start + num_tokens)
+            log_p_RV = log_softmax(logits_MV[rows].float(), dim=-1)
+            is_target_R1 = (labels_M[rows] != _IGNORED)[:, None]
+            label_R1 = labels_M[rows].clamp(min=0)[:, None]
+            total -= torch.where(is_target_R1, log_p_RV.gather(1, label_R1), 0).sum()
+            if gradient_MV is not None:
+                p_RV = log_p_RV.exp_()
+                p_RV.scatter_(1, label_R1, p_RV.gather(1, label_R1) - 1)
+                torch.mul(p_RV, is_target_R1, out=gradient_MV[rows])
+        ctx.save_for_backward(gradient_MV)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, None]:
+        (gradient_MV,) = ctx.saved_tensors
+        return gradient_MV.mul_(loss_gradient), None  # in place: a second backward pass would be refused for that
 
 
 @contextmanager

@@ -4,7 +4,7 @@ The kernel (fused, foreach, single) is part of a run's numerics: they give diffe
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from tidepool.specs import OptimizerSpec
 
-_NORM_SLICE = 2**14
+_PIECE_SIZE = 2**14
 
 
 def build_optimizer(parameters: Mapping[str, Parameter], spec: OptimizerSpec) -> torch.optim.AdamW:
@@ -44,17 +44,27 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def clip(gradient: Tensor, clip_norm: float | None) -> float:
-    """Scale the flat gradient in place to a norm of at most `clip_norm`; returns the norm before."""
-    norm = _norm(gradient)
-    if clip_norm is not None and norm > clip_norm:
-        gradient.mul_(clip_norm / norm)
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The norm of all of them together, a float64 scalar on their device.
+
+    Of pieces in float32, then of these in float64: as exact as float64 throughout, without a copy in float64.
+    """
+    if gradients[0].device.type == "cuda":
+        norms = torch.stack(torch._foreach_norm(list(gradients)))  # in pieces by itself
+    else:
+        norms = torch.cat([norm for gradient in gradients for norm in _piece_norms(gradient.view(-1))])
+    norm: Tensor = torch.linalg.vector_norm(norms, dtype=torch.float64)
     return norm
 
 
-def _norm(gradient: Tensor) -> float:
-    """Of fixed slices in float32, then of those in float64: as exact as float64 throughout, without a copy in float64."""
-    start_of_rest = gradient.numel() // _NORM_SLICE * _NORM_SLICE
-    slices = torch.linalg.vector_norm(gradient[:start_of_rest].view(-1, _NORM_SLICE), dim=1)
-    rest = torch.linalg.vector_norm(gradient[start_of_rest:])
-    return float(torch.linalg.vector_norm(torch.cat([slices, rest[None]]), dtype=torch.float64))
+def _piece_norms(flat: Tensor) -> list[Tensor]:
+    start_of_rest = flat.numel() // _PIECE_SIZE * _PIECE_SIZE
+    pieces = torch.linalg.vector_norm(flat[:start_of_rest].view(-1, _PIECE_SIZE), dim=1)
+    return [pieces, torch.linalg.vector_norm(flat[start_of_rest:])[None]]
+
+
+def scale(gradients: Sequence[Tensor], factor: float, norm: float, clip_norm: float | None) -> None:
+    """Multiply the gradients by `factor`, in place, and by what is needed more if `norm`, which they have then, exceeds `clip_norm`."""
+    if clip_norm is not None and norm > clip_norm:
+        factor *= clip_norm / norm
+    torch._foreach_mul_(list(gradients), factor)

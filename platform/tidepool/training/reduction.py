@@ -6,12 +6,14 @@ order, and the slices are gathered. Where shards divide evenly that is the traff
 
 Invariants:
 - The result depends on the shards' gradients alone, not on who computed them (float addition in one fixed order).
-- A worker holds at most log2(shards) + 1 gradient copies at a time while it computes, and lends them out again.
+- A worker holds at most log2(shards) + 1 gradient copies at a time while it computes, and none when it does not.
+- A gradient is written once, by the backward pass that makes it, and read once, where it is added to another; a worker alone copies none.
 
-Beside it stands the plain reduction, for runs that need no such promise (`reduction: fast`): one buffer and one all-reduce.
+Beside it stands the plain reduction, for runs that need no such promise (`reduction: fast`): one gradient and one all-reduce.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -22,102 +24,112 @@ from tidepool.training.sharding import Node, cover, fold, owned_shards
 
 Tick = Callable[[str], None]
 Compute = Callable[[int], None]
-"""Adds the gradient of one shard to the parameters' `.grad`."""
+"""Adds the gradient of one shard to the parameters' `.grad`, as a backward pass does: where there is none, it leaves its own there."""
+Gradients = list[Tensor]
+"""One for each parameter, float32, contiguous and of its shape."""
+
+_ALIGNMENT = 64
 
 
-class GradientBuffers:
-    """Flat float32 gradients of `parameters`, padded to a multiple of `multiple`, lent out and taken back.
+class FlatLayout:
+    """Where the gradients of `parameters` lie in one flat tensor that `num_slices` workers cut into slices of one size.
 
-    `point` makes one of them the `.grad` of the parameters, so that a backward pass accumulates in place there.
+    Each begins where a tensor of its own might: on GPUs the bits of a sum over a tensor depend on how it is aligned.
     """
 
-    def __init__(self, parameters: Mapping[str, Parameter], multiple: int) -> None:
-        self._parameters = list(parameters.values())
-        self._device = self._parameters[0].device
-        self.num_elements = sum(p.numel() for p in self._parameters)
-        self._padded = -(-self.num_elements // multiple) * multiple
-        self._free: list[Tensor] = []
+    def __init__(self, parameters: Sequence[Parameter], num_slices: int) -> None:
+        self._shapes, self._starts, end = [p.shape for p in parameters], [], 0
+        for shape in self._shapes:
+            self._starts.append(end)
+            end += -(-shape.numel() // _ALIGNMENT) * _ALIGNMENT
+        self._size = -(-end // num_slices) * num_slices
 
-    def take(self) -> Tensor:
-        """A buffer of zeros, (num_elements and padding,)."""
-        if self._free:
-            return self._free.pop().zero_()
-        return torch.zeros(self._padded, dtype=torch.float32, device=self._device)
+    def flatten(self, gradients: Gradients) -> Tensor:
+        """A copy, (elements and padding,)."""
+        flat = torch.zeros(self._size, dtype=torch.float32, device=gradients[0].device)
+        torch._foreach_copy_(self.views(flat), gradients)
+        return flat
 
-    def give_back(self, buffer: Tensor) -> None:
-        """The buffer is no longer needed."""
-        self._free.append(buffer)
-
-    def point(self, buffer: Tensor) -> None:
-        """Make the parameters' `.grad` views of the buffer."""
-        start = 0
-        for parameter in self._parameters:
-            parameter.grad = buffer[start : start + parameter.numel()].view_as(parameter)
-            start += parameter.numel()
+    def views(self, flat: Tensor) -> Gradients:
+        """The gradients in a flat tensor."""
+        places = zip(self._starts, self._shapes, strict=True)
+        return [flat[start : start + shape.numel()].view(shape) for start, shape in places]
 
 
 def reduce_gradients(
-    compute: Compute, num_shards: int, buffers: GradientBuffers, group: Group, adds_once: bool, tick: Tick = lambda _: None
-) -> Tensor:
-    """The sum of all shards' gradients, (num_elements and padding,), the same bits on every worker; the caller gives the buffer back.
+    compute: Compute, num_shards: int, parameters: Sequence[Parameter], group: Group, adds_once: bool, tick: Tick = lambda _: None
+) -> Gradients:
+    """The sum of all shards' gradients, the same bits on every worker; the parameters' `.grad` are left empty.
 
     `compute` is called for the shards of this worker, in ascending order. `adds_once`: it adds once to each parameter (in one
     backward pass), so that a shard may be added in place to the one before it where the tree adds these two; the bits are the same.
     `tick(phase)` is told when the exchange begins.
     """
     own = cover(owned_shards(group.rank, group.size, num_shards), num_shards)
-    sums = [_sum_of(node, compute, buffers, adds_once) for node in own]
+    sums = [_sum_of(node, compute, parameters, adds_once) for node in own]
+    _set(parameters, None)
     tick("exchange")
     if group.size == 1:
         return sums[0]
+    layout = FlatLayout(parameters, group.size)
+    flat = [layout.flatten(sums.pop(0)) for _ in own]
     covers = [cover(owned_shards(rank, group.size, num_shards), num_shards) for rank in range(group.size)]
-    part = _exchange(sums, covers, num_shards, group)
-    whole, *others = sums
-    for buffer in others:
-        buffers.give_back(buffer)
-    group.all_gather(part, whole)
-    return whole
+    part = _exchange(flat, covers, num_shards, group)
+    group.all_gather(part, flat[0])
+    return layout.views(flat[0])
 
 
 def reduce_plainly(
-    compute: Compute, num_shards: int, buffers: GradientBuffers, group: Group, _adds_once: bool, tick: Tick = lambda _: None
-) -> Tensor:
+    compute: Compute, num_shards: int, parameters: Sequence[Parameter], group: Group, _adds_once: bool, tick: Tick = lambda _: None
+) -> Gradients:
     """As `reduce_gradients`, with the same bits on every worker, but other ones for every world size.
 
-    All shards of a worker are added up in one buffer, and the buffers in whatever order the group's all-reduce has.
+    All shards of a worker are added up in place, and the workers' sums in whatever order the group's all-reduce has.
     """
-    whole = buffers.take()
-    buffers.point(whole)
+    total: Gradients | None = None
     for shard in owned_shards(group.rank, group.size, num_shards):
-        compute(shard)
+        total = _compute(shard, compute, parameters, total)
+    assert total is not None
+    _set(parameters, None)
     tick("exchange")
-    group.all_reduce(whole)
-    return whole
-
-
-def _sum_of(node: Node, compute: Compute, buffers: GradientBuffers, adds_once: bool) -> Tensor:
-    if node.is_leaf:
-        buffer = buffers.take()
-        buffers.point(buffer)
-        compute(node.start)
-        return buffer
-    left, right = node.children
-    total = _sum_of(left, compute, buffers, adds_once)
-    if adds_once and right.is_leaf:
-        buffers.point(total)
-        compute(right.start)
+    if group.size == 1:
         return total
-    added = _sum_of(right, compute, buffers, adds_once)
-    total.add_(added)
-    buffers.give_back(added)
+    layout = FlatLayout(parameters, group.size)
+    whole = layout.flatten(total)
+    del total
+    group.all_reduce(whole)
+    return layout.views(whole)
+
+
+def _sum_of(node: Node, compute: Compute, parameters: Sequence[Parameter], adds_once: bool) -> Gradients:
+    if node.is_leaf:
+        return _compute(node.start, compute, parameters, None)
+    left, right = node.children
+    total = _sum_of(left, compute, parameters, adds_once)
+    if adds_once and right.is_leaf:
+        return _compute(right.start, compute, parameters, total)
+    added = _sum_of(right, compute, parameters, adds_once)
+    torch._foreach_add_(total, added)
     return total
 
 
-def _exchange(sums: list[Tensor], covers: list[list[Node]], num_shards: int, group: Group) -> Tensor:
-    """This worker's slice of the sum over the whole tree; `sums` are the values of `covers[group.rank]`."""
-    slice_size = sums[0].numel() // group.size
-    sent = sums[0] if len(sums) == 1 else torch.stack([buffer.view(group.size, slice_size) for buffer in sums], dim=1)
-    num_sent = [len(sums) * slice_size] * group.size
+def _compute(shard: int, compute: Compute, parameters: Sequence[Parameter], onto: Gradients | None) -> Gradients:
+    """The gradient of a shard, added in place to that of others, if given."""
+    _set(parameters, onto)
+    compute(shard)
+    return [torch.zeros_like(p) if p.grad is None else p.grad.contiguous() for p in parameters]
+
+
+def _set(parameters: Sequence[Parameter], gradients: Gradients | None) -> None:
+    for parameter, gradient in zip(parameters, gradients or repeat(None), strict=False):
+        parameter.grad = gradient
+
+
+def _exchange(flat: list[Tensor], covers: list[list[Node]], num_shards: int, group: Group) -> Tensor:
+    """This worker's slice of the sum over the whole tree; `flat` are the values of `covers[group.rank]`."""
+    slice_size = flat[0].numel() // group.size
+    sent = flat[0] if len(flat) == 1 else torch.stack([one.view(group.size, slice_size) for one in flat], dim=1)
+    num_sent = [len(flat) * slice_size] * group.size
     received = group.all_to_all(sent.view(-1), num_sent, [len(nodes) * slice_size for nodes in covers])
     values = dict(zip((node for nodes in covers for node in nodes), received.view(-1, slice_size), strict=True))
     total: Tensor = fold(Node(0, num_shards), values.get, torch.Tensor.add_)
