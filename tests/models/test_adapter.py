@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 
 from tests.models.conftest import CONFIGS
@@ -63,6 +64,31 @@ def test_the_seed_decides_the_start_and_the_callers_random_state_is_untouched(ll
     assert torch.random.get_rng_state().equal(before)
     assert all(one[name].equal(same[name]) for name in one)
     assert not any(one[name].equal(other[name]) for name in one)
+
+
+def test_under_autocast_no_input_is_kept_as_a_copy_and_no_bit_differs(llama: Any) -> None:
+    ours = train(add_lora(llama.to(torch.bfloat16), LoraSpec(rank=4), 0, "b"), 0)
+    peft_alone = copy.deepcopy(ours)
+    for module in peft_alone.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = True
+    results = []
+    for adapted in (ours, peft_alone):
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            loss = adapted(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        gradients = torch.cat([parameter.grad.flatten() for parameter in adapted.parameters() if parameter.grad is not None])
+        results.append((loss, gradients, sum(kept.values())))
+    (loss, gradients, num_bytes), (loss_there, gradients_there, num_bytes_there) = results
+    assert loss.equal(loss_there)
+    assert gradients.equal(gradients_there)
+    assert num_bytes < num_bytes_there
 
 
 def test_target_modules_can_be_named(llama: Any) -> None:

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tidepool.data import Samples
-from tidepool.models import build_model, packed_attention_mask, packed_positions
+from tidepool.models import build_model, packed_attention_mask, packed_positions, use_given_masks
 from tidepool.training import objective
 from tidepool.training.batch import Batch, cut_batches
 from tidepool.training.objective import loss_sum
@@ -58,6 +59,43 @@ def test_loss_and_gradient_are_those_of_plain_transformers(
 def test_only_samples_of_several_documents_get_a_mask() -> None:
     assert make_batch(ONE).documents_NT is None
     assert make_batch(SEVERAL).documents_NT is not None
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations after which the host knows a number that the device computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.equal):
+            self.noted.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, CONFIG | {"model_type": "qwen2", "num_key_value_heads": 2}, {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 2}],
+)
+@pytest.mark.parametrize("documents", [ONE, SEVERAL])
+def test_no_batch_waits_for_the_device(documents: list[list[int]], config: dict[str, Any]) -> None:
+    model, batch = build_model(config, 320, seed=1), make_batch(documents)
+    expected = loss_sum(model, batch)
+    use_given_masks(model)
+    with Waits() as waits:
+        loss = loss_sum(model, batch)
+        loss.backward()
+    assert waits.noted == []
+    assert loss.equal(expected), "it is another attention"
+
+
+def test_a_model_with_a_window_keeps_the_masks_of_transformers() -> None:
+    config = CONFIG | {"model_type": "mistral", "sliding_window": 8, "num_key_value_heads": 2}
+    model, batch = build_model(config, 320, seed=1), make_batch(ONE)
+    expected = loss_sum(model, batch)
+    use_given_masks(model)
+    assert loss_sum(model, batch).equal(expected)
 
 
 def test_a_second_backward_pass_is_refused() -> None:

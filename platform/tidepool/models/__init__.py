@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tidepool.models.adapter import add_lora, attach_adapter, export_adapter
+    from tidepool.models.attention import use_given_masks
     from tidepool.models.imported import import_model
     from tidepool.models.merged import merge_model
     from tidepool.models.opened import OpenedModel, open_model
@@ -56,10 +57,12 @@ __all__ = [
     "packed_positions",
     "train_tokenizer",
     "use_chat_template",
+    "use_given_masks",
 ]
 
 _MODULES = {
     "adapter": ("add_lora", "attach_adapter", "export_adapter"),
+    "attention": ("use_given_masks",),
     "imported": ("import_model",),
     "merged": ("merge_model",),
     "opened": ("OpenedModel", "open_model"),

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from tidepool.data import Dataset, Samples
 from tidepool.errors import NonFiniteError
+from tidepool.models import use_given_masks
 from tidepool.specs import RunSpec
 from tidepool.telemetry import Sink
 from tidepool.training.batch import cut_batches, shard_samples
@@ -84,6 +85,7 @@ class StepLoop:
     """The state is that after `step` steps; not while it is being changed, nor before it was given its first."""
 
     def __post_init__(self) -> None:
+        use_given_masks(self.model)
         self.device = next(self.model.parameters()).device
         self._parameters = trained_parameters(self.model)
         self._optimizer = build_optimizer(self._parameters, self.spec.training.optimizer)
