@@ -42,6 +42,29 @@ def test_no_bit_depends_on_the_world_size(prepared: str, family: str, kind: str,
         assert train_together(config, lora, spec, world_size, GPU) == [alone] * world_size
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_columns", [320, 4096, 128_256])
+def test_the_fused_cross_entropy_is_that_of_torch_and_has_the_same_bits_again(dtype: torch.dtype, num_columns: int) -> None:
+    from tidepool.training.fused_cross_entropy import IGNORED, FusedCrossEntropy
+
+    generator = torch.Generator(GPU).manual_seed(1)
+    logits = (4 * torch.randn(65, num_columns, device=GPU, generator=generator)).to(dtype).requires_grad_()
+    labels = torch.randint(num_columns, (65,), device=GPU, generator=generator)
+    labels[::7] = IGNORED
+    found = []
+    for _ in range(2):
+        loss = FusedCrossEntropy.apply(logits, labels)  # type: ignore[no-untyped-call]
+        (loss / 3).backward()
+        assert logits.grad is not None
+        found.append((loss.item(), logits.grad))
+        logits.grad = None
+    expected = torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
+    (expected / 3).backward()
+    assert found[0][0] == found[1][0] == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][1], logits.grad)
+
+
 def test_gpu_and_cpu_agree(prepared: str) -> None:
     """Not in their bits, nor in what dropout drops; the losses tell that the same was computed."""
     changes = {"training": {"precision": "fp32"}, "model": {"base": "base", "lora": {"rank": 4, "alpha": 8, "dropout": 0}}}

@@ -41,7 +41,7 @@ def of_plain_transformers(model: Any, batch: Batch, documents: list[list[int]]) 
 def test_loss_and_gradient_are_those_of_plain_transformers(
     documents: list[list[int]], slice_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objective, "_SLICE_SIZE", (slice_size, slice_size))
+    monkeypatch.setattr(objective, "_SLICE_SIZE", slice_size)
     model, batch = build_model(CONFIG, 320, seed=1), make_batch(documents)
     found = loss_sum(model, batch)
     (found / 3).backward()

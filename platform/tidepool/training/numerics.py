@@ -6,6 +6,7 @@ with other bits. On GPUs the deterministic algorithms of torch are switched on.
 
 import os
 from collections.abc import Mapping
+from importlib.metadata import version
 
 import peft
 import torch
@@ -44,6 +45,7 @@ def fingerprint(spec: RunSpec, device: torch.device) -> Fingerprint:
         "hardware": hardware,
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
+        "triton": version("triton") if device.type == "cuda" else "none",
         "transformers": transformers.__version__,
         "peft": peft.__version__,
         "num_threads": torch.get_num_threads(),

@@ -17,8 +17,8 @@ from tidepool.models import packed_attention_mask, packed_positions
 from tidepool.training.batch import Batch
 
 _IGNORED = -100
-_SLICE_SIZE = (2**18, 2**26)
-"""Logits in a slice of the loss: such that it stays in a CPU's cache, and such that a GPU has enough to do."""
+_SLICE_SIZE = 2**18
+"""Logits in a slice of the loss: such that it stays in a CPU's cache."""
 
 
 def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -30,8 +30,16 @@ def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
     # Labels move and not logits, and what is no target is ignored in place: logits are by far the largest, and none are gathered.
     labels_NT = torch.full_like(batch.tokens_NT, _IGNORED)
     labels_NT[:, :-1] = torch.where(batch.targets_NT[:, 1:], batch.tokens_NT[:, 1:], _IGNORED)
-    loss: Tensor = _CrossEntropy.apply(logits_NTV.flatten(0, 1), labels_NT.flatten())  # type: ignore[no-untyped-call]
+    loss: Tensor = _cross_entropy(logits_NTV.device).apply(logits_NTV.flatten(0, 1), labels_NT.flatten())  # type: ignore[no-untyped-call]
     return loss
+
+
+def _cross_entropy(device: torch.device) -> type[torch.autograd.Function]:
+    if device.type != "cuda":
+        return _CrossEntropy
+    from tidepool.training.fused_cross_entropy import FusedCrossEntropy  # torch has Triton with it where it has CUDA
+
+    return FusedCrossEntropy
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -44,7 +52,7 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits_MV: Tensor, labels_M: Tensor) -> Tensor:
         gradient_MV = torch.empty_like(logits_MV) if ctx.needs_input_grad[0] else None
-        num_tokens = max(1, _SLICE_SIZE[logits_MV.device.type == "cuda"] // logits_MV.shape[1])
+        num_tokens = max(1, _SLICE_SIZE // logits_MV.shape[1])
         total = torch.zeros((), dtype=torch.float32, device=logits_MV.device)
         for start in range(0, len(labels_M), num_tokens):
             rows = slice(start, start + num_tokens)
