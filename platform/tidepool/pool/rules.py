@@ -35,3 +35,8 @@ class Rules:
     bands_gpu_s: tuple[float, ...] = (1800.0, 14_400.0, 115_200.0)
     max_grants: int = 1000
     """About as many groups and replicas start in one round at most; the next round goes on."""
+
+    @property
+    def return_s(self) -> float:
+        """From a claim until its place is there, at the worst: who is in it has just begun a tenure, and must vacate it then."""
+        return self.tenure_s + self.vacate_s
