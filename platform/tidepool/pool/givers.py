@@ -11,7 +11,7 @@ Invariants:
 """
 
 from collections.abc import Iterator, Sequence
-from enum import Enum
+from enum import IntEnum
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from tidepool.pool.rules import Rules
 _BY_RANK = itemgetter(0, 1, 2)
 
 
-class Pauses(Enum):
+class Pauses(IntEnum):
     """Whom a demand may pause, if `may_pause` lets it: nobody, runs of tiers without a guarantee, or runs of any tier."""
 
     NOBODY = 0
@@ -70,7 +70,7 @@ class Givers:
         total = demand.groups * demand.workers
         released = self._release(demand, total)
         if released is None:
-            self._failed[_key(demand)] = total
+            self._failed[id(demand.options), demand.pauses, demand.after_tenures] = total
             return None
         taken = self._room.take(self._room.soon, demand.options, demand.groups, demand.workers)
         assert taken is not None
@@ -85,7 +85,7 @@ class Givers:
         total = demand.groups * demand.workers
         released = self._release(demand, total)
         if released is None:
-            self._failed[_key(demand)] = total
+            self._failed[id(demand.options), demand.pauses, demand.after_tenures] = total
             return None
         for piece in reversed(released):
             self.take_back(piece)
@@ -94,12 +94,11 @@ class Givers:
 
     def has_failed(self, demand: Demand) -> bool:
         """Whether as small a demand, of somebody who could take at least as much, has failed before."""
-        total = demand.groups * demand.workers
-        return total >= self._failed.get(_key(demand), total + 1)
+        return self.has_failed_for(demand.options, demand.groups * demand.workers, demand.pauses, demand.after_tenures)
 
-    def has_failed_for(self, options: Options, total: int) -> bool:
-        """The same of so many workers at these options, for somebody who may pause nobody."""
-        return total >= self._failed.get((id(options), Pauses.NOBODY, False), total + 1)
+    def has_failed_for(self, options: Options, total: int, pauses: Pauses = Pauses.NOBODY, after_tenures: bool = False) -> bool:
+        """The same of so many workers at these options."""
+        return total >= self._failed.get((id(options), pauses, after_tenures), total + 1)
 
     def forget_failures(self) -> None:
         """Demands that may take from others follow: what failed before may succeed."""
@@ -225,7 +224,3 @@ class Givers:
                 node = room.number_of[name]
                 total[node] = total.get(node, 0) + workers * piece.holding.units[room.all_class_of[node]]
         return list(total.items())
-
-
-def _key(demand: Demand) -> tuple[int, Pauses, bool]:
-    return id(demand.options), demand.pauses, demand.after_tenures

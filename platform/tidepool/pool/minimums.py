@@ -3,12 +3,13 @@
 Invariants:
 - A run gets all that it lacks of its min, or nothing; what it holds below its min and cannot complete it gives back.
 - Nobody is paused for a run that nodes could be launched for.
-- Of the runs that waited too long, the first that cannot be met keeps what comes free until it fits. Until then nobody who
-  ranks after it pauses a run that is guaranteed something, nor does a run pause anybody that is guaranteed nothing.
+- Some runs that cannot be met *gather*: what comes free is kept for them until they fit. They are the first of those that
+  waited too long, and those whose guarantee is at stake and whom only tenures keep out.
+- While a run gathers, those that rank after it pause less: a run with a guarantee only runs without one, others nobody.
 
-The last one is why nobody waits for ever. A run of several groups needs all of its places at once, and a run can spare its
-place only for so much of the window. If others could take those places one by one, there might never be enough together;
-as it is, all that could be taken is whole again within one window.
+The last one is why nobody waits for ever. A run of several groups needs all of its places at once; a tenure, and a guarantee
+that cannot spare more, each hold one of them back for a time. If others took the rest one by one, each with a new tenure or
+with what it could have spared used up, there might never be enough together (docs/pool.md has the proof).
 """
 
 from tidepool.messages import AskBack, GrantGroup, Reason, Reservation, Run, Wait
@@ -56,10 +57,11 @@ def meet(state: Round, holding: Holding, power: Power, reservation: Reservation 
         return reservation is None and _shrink_own_project(state, holding, over)
     pauses = Pauses.ANYBODY if reservation is not None else _pauses(state, run)
     could_launch = state.launches.could_fit(run.worker, run.labels, run.kind)
-    demand = Demand(holding.options, missing, run.workers_per_group, power, pauses)
-    if not could_launch and reservation is None and state.givers.has_failed(demand):
-        _wait(state, holding, demand)
+    has_failed = state.givers.has_failed_for(holding.options, missing * run.workers_per_group, pauses)
+    if has_failed and not could_launch and reservation is None:
+        _wait(state, holding, power, pauses)
         return False
+    demand = Demand(holding.options, missing, run.workers_per_group, power, pauses)
     spots, is_coming = state.claim(run.name, demand._replace(pauses=Pauses.NOBODY) if could_launch else demand, run)
     if not spots and not is_coming and could_launch:
         template = state.launches.promise(run.name, missing, run.workers_per_group, run.worker, run.labels, run.kind)
@@ -79,7 +81,7 @@ def meet(state: Round, holding: Holding, power: Power, reservation: Reservation 
         holding.is_coming = True
     else:
         if reservation is None:
-            _wait(state, holding, demand)
+            _wait(state, holding, power, pauses)
         return False
     holding.num_groups += missing
     state.usage.add_training(run.project, missing * holding.gpus_per_group)
@@ -93,20 +95,22 @@ def _pauses(state: Round, run: Run) -> Pauses:
     return Pauses.UNGUARANTEED if state.rules.guarantees[run.tier] > 0 else Pauses.NOBODY
 
 
-def _wait(state: Round, holding: Holding, demand: Demand) -> None:
+def _wait(state: Round, holding: Holding, power: Power, pauses: Pauses) -> None:
     """Say why a run stays without its min, and keep what comes free for it if it is one that gathers."""
-    run, missing, standing = holding.run, demand.groups, demand.power.standing
-    kind = state.givers.would_make_room(demand) if standing == OWED else None
+    run, missing, workers = holding.run, holding.missing, holding.run.workers_per_group
+    kind = None
+    if power.standing == OWED:
+        kind = state.givers.would_make_room(Demand(holding.options, missing, workers, power, pauses))
     if kind is not None:
-        why = reason("tenure", missing=missing, workers=demand.workers, tenure_s=state.rules.tenure_s)
+        why = reason("tenure", missing=missing, workers=workers, tenure_s=state.rules.tenure_s)
         state.waits.append(Wait(run.name, missing, why))
     else:
-        state.wait_for_room(run.name, missing, demand.workers, run.worker, run.labels, holding.options)
-    if standing in {AGED, STARVING} and standing not in state.gathering:
-        kind = state.room.could_hold(holding.options, run.min_groups * demand.workers)
+        state.wait_for_room(run.name, missing, workers, run.worker, run.labels, holding.options)
+    if power.standing in {AGED, STARVING} and power.standing not in state.gathering:
+        kind = state.room.could_hold(holding.options, run.min_groups * workers)
     if kind is not None:
-        state.book(kind, missing * demand.workers)
-        state.gathering.add(standing)
+        state.book(kind, missing * workers)
+        state.gathering.add(power.standing)
         holding.gathers = True
 
 

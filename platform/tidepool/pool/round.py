@@ -41,7 +41,7 @@ class Round:
         self.decisions: list[Decision] = []
         self.waits: list[Wait] = []
         self.giving: set[str] = set()
-        self.gathering: set[int] = set()
+        self.gathering: set[int] = set()  # the standings of runs that what comes free is kept for
         self.num_granted = 0
         self.num_replicas = {deployment.name: self._count_replicas(deployment) for deployment in snapshot.deployments}
         self.room.fix()

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tidepool.messages import Tier
 
@@ -36,7 +37,7 @@ class Rules:
     max_grants: int = 1000
     """About as many groups and replicas start in one round at most; the next round goes on."""
 
-    @property
+    @cached_property
     def return_s(self) -> float:
         """From a claim until its place is there, at the worst: who is in it has just begun a tenure, and must vacate it then."""
         return self.tenure_s + self.vacate_s
