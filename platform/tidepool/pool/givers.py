@@ -36,7 +36,7 @@ class Demand(NamedTuple):
 
     `max_cost` bounds what a piece may cost per unit, `total_cost` what all of them may cost together; `spares` is a
     project whose runs give nothing. For rebalancing only groups older than a tenure go. `after_tenures` asks what would be
-    if nobody were in a tenure.
+    if nobody were in a tenure; `is_overpromised` says that not all guarantees can be kept.
     """
 
     options: Options
@@ -49,6 +49,7 @@ class Demand(NamedTuple):
     is_rebalancing: bool = False
     spares: str | None = None
     after_tenures: bool = False
+    is_overpromised: bool = False
 
 
 class Givers:
@@ -183,7 +184,8 @@ class Givers:
                 continue
             if holding.is_paused or run.project == demand.spares:
                 continue
-            if may_pause(demand.power, own, run, self._now_s, self._rules, demand.after_tenures):
+            after, over = demand.after_tenures, demand.is_overpromised
+            if may_pause(demand.power, own, run, self._now_s, self._rules, after_tenure=after, is_overpromised=over):
                 if name not in self._rests:
                     self._rests[name] = rest(holding, self._spot_nodes)
                 yield self._rests[name]

@@ -61,7 +61,7 @@ def meet(state: Round, holding: Holding, power: Power, reservation: Reservation 
     if has_failed and not could_launch and reservation is None:
         _wait(state, holding, power, pauses)
         return False
-    demand = Demand(holding.options, missing, run.workers_per_group, power, pauses)
+    demand = _demand(state, holding, power, pauses)
     spots, is_coming = state.claim(run.name, demand._replace(pauses=Pauses.NOBODY) if could_launch else demand, run)
     if not spots and not is_coming and could_launch:
         template = state.launches.promise(run.name, missing, run.workers_per_group, run.worker, run.labels, run.kind)
@@ -95,12 +95,18 @@ def _pauses(state: Round, run: Run) -> Pauses:
     return Pauses.UNGUARANTEED if state.rules.guarantees[run.tier] > 0 else Pauses.NOBODY
 
 
+def _demand(state: Round, holding: Holding, power: Power, pauses: Pauses) -> Demand:
+    """What a run lacks of its min."""
+    is_over = power.standing == OWED and state.is_overpromised
+    return Demand(holding.options, holding.missing, holding.run.workers_per_group, power, pauses, is_overpromised=is_over)
+
+
 def _wait(state: Round, holding: Holding, power: Power, pauses: Pauses) -> None:
     """Say why a run stays without its min, and keep what comes free for it if it is one that gathers."""
     run, missing, workers = holding.run, holding.missing, holding.run.workers_per_group
     kind = None
     if power.standing == OWED:
-        kind = state.givers.would_make_room(Demand(holding.options, missing, workers, power, pauses))
+        kind = state.givers.would_make_room(_demand(state, holding, power, pauses))
     if kind is not None:
         why = reason("tenure", missing=missing, workers=workers, tenure_s=state.rules.tenure_s)
         state.waits.append(Wait(run.name, missing, why))

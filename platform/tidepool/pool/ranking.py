@@ -94,15 +94,17 @@ def can_spare(run: Run, now_s: float, rules: Rules) -> bool:
     return share(run, True, now_s, rules, rules.tenure_s + rules.return_s) >= rules.guarantees[run.tier]
 
 
-def may_pause(claimant: Power, own: Power, victim: Run, now_s: float, rules: Rules, after_tenure: bool = False) -> bool:
+def may_pause(
+    claimant: Power, own: Power, victim: Run, now_s: float, rules: Rules, *, after_tenure: bool = False, is_overpromised: bool = False
+) -> bool:
     """Whether a claimant may take a place below the min of a victim, whose power is `own`.
 
     Serving and reservations may (they come to the weakest first). Others must outrank the victim, whose tenure must be
-    over (`after_tenure` takes it to be); and they must not break its guarantee, unless their own is broken too and they rank
-    before it all the same.
+    over (`after_tenure` takes it to be); and they must not break its guarantee, unless not all can be kept, their own is broken
+    too, and they rank before it all the same.
     """
     if claimant.standing <= RESERVED:
         return True
     if claimant >= own or (now_s - victim.started_s < rules.tenure_s and not after_tenure):
         return False
-    return can_spare(victim, now_s, rules) or (claimant.standing == OWED and claimant[1:] < own[1:])
+    return can_spare(victim, now_s, rules) or (is_overpromised and claimant.standing == OWED and claimant[1:] < own[1:])
