@@ -90,6 +90,15 @@ def test_a_gang_that_no_tenure_keeps_out_gathers_nothing() -> None:
     assert [d.run for d in plan.decisions if isinstance(d, GrantGroup)] == ["small"]
 
 
+def test_no_guarantee_is_broken_for_another_where_all_can_be_kept() -> None:
+    """The one who waits has used less, so that it ranks before the one who holds; but the basic run's tenure is soon over."""
+    owed = waiting("owed", tier="standard", submitted_s=NOW_S - SHORT.window_s)
+    worn = replace(holder("worn", "standard"), held_s=0.0, as_of_s=NOW_S - 0.7 * SHORT.window_s, used_gpu_s=1e6)
+    turn = holder("turn", "basic", for_s=SHORT.tenure_s - 1.0)
+    assert asked(worn, turn, owed) == []
+    assert asked(worn, owed, on=nodes(1)) == ["worn"]
+
+
 def test_room_is_kept_on_nodes_that_could_hold_the_run() -> None:
     on = (Node("a0", "A100", 1, 8), *nodes(2))
     small = waiting("small")
