@@ -4,7 +4,7 @@ Invariants:
 - A run gets all that it lacks of its min, or nothing; what it holds below its min and cannot complete it gives back.
 - Nobody is paused for a run that nodes could be launched for.
 - Some runs that cannot be met *gather*: what comes free is kept for them until they fit. They are the first of those that
-  waited too long, and those whose guarantee is at stake and whom only tenures keep out.
+  waited too long and, where all guarantees can be kept, those whose guarantee is at stake and whom only tenures keep out.
 - While a run gathers, those that rank after it pause less: a run with a guarantee only runs without one, others nobody.
 
 The last one is why nobody waits for ever. A run of several groups needs all of its places at once; a tenure, and a guarantee
@@ -105,7 +105,7 @@ def _wait(state: Round, holding: Holding, power: Power, pauses: Pauses) -> None:
     """Say why a run stays without its min, and keep what comes free for it if it is one that gathers."""
     run, missing, workers = holding.run, holding.missing, holding.run.workers_per_group
     kind = None
-    if power.standing == OWED:
+    if power.standing == OWED and not state.is_overpromised:
         kind = state.givers.would_make_room(_demand(state, holding, power, pauses))
     if kind is not None:
         why = reason("tenure", missing=missing, workers=workers, tenure_s=state.rules.tenure_s)
