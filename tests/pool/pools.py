@@ -1,7 +1,7 @@
 """Small pools for the tests: builders, random ones, and an independent account of what is held on each node."""
 
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -56,16 +56,19 @@ def deployment(name: str, wanted: int, on: tuple[str, ...] = (), **rest: Any) ->
     return Deployment(name, "serving", wanted, GPU, replicas, **rest)
 
 
-def life(snapshot: Snapshot, rounds: int, rules: Rules, seconds: float = 10.0) -> Iterator[tuple[Snapshot, Plan]]:
+def life(
+    snapshot: Snapshot, rounds: int, rules: Rules, seconds: float = 10.0, come_and_go: Callable[[Snapshot], Iterable[Run]] | None = None
+) -> Iterator[tuple[Snapshot, Plan]]:
     """Each round of a pool in which everybody obeys: the snapshot and what was decided on it.
 
-    How long each run held its min is taken from a record of the rounds, exactly.
+    How long each run held its min is taken from a record of the rounds, exactly. `come_and_go` says which runs there are now.
     """
     future = begin(snapshot)
-    record: dict[str, deque[tuple[float, float]]] = {r.name: deque() for r in snapshot.runs}
+    record: defaultdict[str, deque[tuple[float, float]]] = defaultdict(deque)
     for _ in range(rounds):
         now_s = future.snapshot.now_s
-        runs = tuple(replace(r, held_s=_held_s(record[r.name], now_s - rules.window_s), as_of_s=now_s) for r in future.snapshot.runs)
+        there = come_and_go(future.snapshot) if come_and_go else future.snapshot.runs
+        runs = tuple(replace(r, held_s=_held_s(record[r.name], now_s - rules.window_s), as_of_s=now_s) for r in there)
         future = replace(future, snapshot=replace(future.snapshot, runs=runs))
         plan = decide(future.snapshot, rules)
         yield future.snapshot, plan

@@ -54,12 +54,19 @@ def test_share_is_of_the_window_or_of_the_life_so_far() -> None:
     assert share(run("r", submitted_s=0.0), False, 0.0, SHORT) == 1.0
 
 
+@pytest.mark.parametrize(("spare_s", "standing"), [(SHORT.return_s, USUAL), (SHORT.return_s - 1, OWED)])
+def test_a_place_is_claimed_while_a_tenure_and_the_vacating_after_it_can_still_be_waited_for(spare_s: float, standing: int) -> None:
+    assert SHORT.return_s == SHORT.tenure_s + SHORT.vacate_s
+    paused = waiting("r", tier="standard", held_s=SHORT.guarantees["standard"] * SHORT.window_s + spare_s)
+    assert power(paused, False, 1.0, SHORT).standing == standing
+
+
 def holder(**values: object) -> Run:
     return run("v", held={"n0": 0.0}, **({"submitted_s": -7200.0, "held_s": 3600.0, "tier": "premium", "started_s": -3600.0} | values))
 
 
-def pauses(claimant: Power, victim: Run) -> bool:
-    return may_pause(claimant, power(victim, True, 0.0, SHORT), victim, 0.0, SHORT)
+def pauses(claimant: Power, victim: Run, **rest: bool) -> bool:
+    return may_pause(claimant, power(victim, True, 0.0, SHORT), victim, 0.0, SHORT, **rest)
 
 
 def test_the_stronger_pauses_the_weaker_and_never_an_equal() -> None:
@@ -85,6 +92,7 @@ def test_a_guarantee_is_not_broken_even_for_those_who_waited_too_long() -> None:
 
 def test_of_two_guarantees_that_cannot_both_be_kept_the_better_tier_is() -> None:
     worn = holder(tier="standard", held_s=3600.0 * 0.5)
-    assert pauses(Power(OWED, 0, 0, 0), worn)
-    assert not pauses(Power(OWED, 2, 0, 0), worn)
-    assert not pauses(Power(OWED, 1, 0, 0), replace(worn, tier="premium"))
+    assert pauses(Power(OWED, 0, 0, 0), worn, is_overpromised=True)
+    assert not pauses(Power(OWED, 2, 0, 0), worn, is_overpromised=True)
+    assert not pauses(Power(OWED, 1, 0, 0), replace(worn, tier="premium"), is_overpromised=True)
+    assert not pauses(Power(OWED, 0, 0, 0), worn)

@@ -192,6 +192,13 @@ def _check_launching(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
     assert (facts["missing"], facts["start_s"]) == (decision.missing, template.start_s)
 
 
+def _check_tenure(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
+    r = _run(seen.now, decision.name)
+    assert (facts["missing"], facts["workers"], facts["tenure_s"]) == (decision.missing, r.workers_per_group, seen.rules.tenure_s)
+    assert _grants(seen.plan, decision.name) == 0
+    assert any(_counted(seen.now, x) >= x.min_groups and seen.now.now_s - x.started_s < seen.rules.tenure_s for x in seen.now.runs)
+
+
 def _check_no_room(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
     assert facts["missing"] == decision.missing > 0
     r = next((r for r in seen.now.runs if r.name == decision.name), None)

@@ -11,6 +11,7 @@ Invariants:
 """
 
 from collections.abc import Iterator, Sequence
+from enum import IntEnum
 from operator import itemgetter
 from typing import NamedTuple
 
@@ -22,22 +23,33 @@ from tidepool.pool.rules import Rules
 _BY_RANK = itemgetter(0, 1, 2)
 
 
+class Pauses(IntEnum):
+    """Whom a demand may pause, if `may_pause` lets it: nobody, runs of tiers without a guarantee, or runs of any tier."""
+
+    NOBODY = 0
+    UNGUARANTEED = 1
+    ANYBODY = 2
+
+
 class Demand(NamedTuple):
     """What a claim asks for: `groups` gangs of `workers` at one of `options`, with the claimant's power.
 
     `max_cost` bounds what a piece may cost per unit, `total_cost` what all of them may cost together; `spares` is a
-    project whose runs give nothing. For rebalancing only groups older than a tenure go.
+    project whose runs give nothing. For rebalancing only groups older than a tenure go. `after_tenures` asks what would be
+    if nobody were in a tenure; `is_overpromised` says that not all guarantees can be kept.
     """
 
     options: Options
     groups: int
     workers: int
     power: Power
-    can_pause: bool = True
+    pauses: Pauses = Pauses.ANYBODY
     max_cost: float = float("inf")
     total_cost: float = float("inf")
     is_rebalancing: bool = False
     spares: str | None = None
+    after_tenures: bool = False
+    is_overpromised: bool = False
 
 
 class Givers:
@@ -52,27 +64,42 @@ class Givers:
         self._surplus: list[Piece] | None = None
         self._whole: list[tuple[Power, float, str, Holding]] | None = None
         self._rests: dict[str, Piece] = {}
-        self._failed: dict[tuple[int, bool], int] = {}
+        self._failed: dict[tuple[int, Pauses, bool], int] = {}
 
     def make_room(self, demand: Demand) -> list[Piece] | None:
         """Take room for the demand in what is free soon, and say which pieces must go for it; None if there is no way."""
         total = demand.groups * demand.workers
         released = self._release(demand, total)
         if released is None:
-            self._failed[id(demand.options), demand.can_pause] = total
+            self._failed[id(demand.options), demand.pauses, demand.after_tenures] = total
             return None
         taken = self._room.take(self._room.soon, demand.options, demand.groups, demand.workers)
         assert taken is not None
         self._failed.clear()
         return self._needed(released)
 
+    def would_make_room(self, demand: Demand) -> Options | None:
+        """On which kind there will be room for the demand when tenures are over, if nobody else takes it. Nothing is taken."""
+        demand = demand._replace(after_tenures=True)
+        if self.has_failed(demand):
+            return None
+        total = demand.groups * demand.workers
+        released = self._release(demand, total)
+        if released is None:
+            self._failed[id(demand.options), demand.pauses, demand.after_tenures] = total
+            return None
+        for piece in reversed(released):
+            self.take_back(piece)
+        position = demand.options.kinds.index(self._kind(released[-1]))
+        return Options(demand.options.kinds[position : position + 1], demand.options.classes[position : position + 1])
+
     def has_failed(self, demand: Demand) -> bool:
         """Whether as small a demand, of somebody who could take at least as much, has failed before."""
-        return self.has_failed_for(demand.options, demand.groups * demand.workers, demand.can_pause)
+        return self.has_failed_for(demand.options, demand.groups * demand.workers, demand.pauses, demand.after_tenures)
 
-    def has_failed_for(self, options: Options, total: int, can_pause: bool = False) -> bool:
+    def has_failed_for(self, options: Options, total: int, pauses: Pauses = Pauses.NOBODY, after_tenures: bool = False) -> bool:
         """The same of so many workers at these options."""
-        return total >= self._failed.get((id(options), can_pause), total + 1)
+        return total >= self._failed.get((id(options), pauses, after_tenures), total + 1)
 
     def forget_failures(self) -> None:
         """Demands that may take from others follow: what failed before may succeed."""
@@ -147,13 +174,18 @@ class Givers:
             if demand.is_rebalancing and self._now_s - piece.newest_s < self._rules.tenure_s:
                 continue
             yield piece
-        if not demand.can_pause:
+        if demand.pauses is Pauses.NOBODY:
             return
         for own, _, name, holding in self._whole_runs():
             if own <= demand.power:
                 break
             run = holding.run
-            if not holding.is_paused and run.project != demand.spares and may_pause(demand.power, own, run, self._now_s, self._rules):
+            if demand.pauses is Pauses.UNGUARANTEED and self._rules.guarantees[run.tier] > 0:
+                continue
+            if holding.is_paused or run.project == demand.spares:
+                continue
+            after, over = demand.after_tenures, demand.is_overpromised
+            if may_pause(demand.power, own, run, self._now_s, self._rules, after_tenure=after, is_overpromised=over):
                 if name not in self._rests:
                     self._rests[name] = rest(holding, self._spot_nodes)
                 yield self._rests[name]

@@ -15,7 +15,7 @@ from math import log
 from typing import NamedTuple
 
 from tidepool.messages import GrantGroup
-from tidepool.pool.givers import Demand
+from tidepool.pool.givers import Demand, Pauses
 from tidepool.pool.holding import Holding
 from tidepool.pool.ranking import WEAKEST
 from tidepool.pool.reasons import reason
@@ -96,7 +96,7 @@ def _rebalance(state: Round, unmet: list[Step]) -> None:
             step.groups,
             run.workers_per_group,
             WEAKEST,
-            can_pause=False,
+            Pauses.NOBODY,
             max_cost=limit,
             total_cost=total,
             is_rebalancing=True,

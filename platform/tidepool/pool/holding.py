@@ -34,6 +34,7 @@ class Holding:
     is_paused: bool = False
     was_granted: bool = False
     is_coming: bool = False
+    gathers: bool = False
 
     @property
     def missing(self) -> int:

@@ -3,12 +3,18 @@
 Invariants:
 - A run gets all that it lacks of its min, or nothing; what it holds below its min and cannot complete it gives back.
 - Nobody is paused for a run that nodes could be launched for.
-- The run that waits longest of those that waited too long keeps what comes free until it fits.
+- Some runs that cannot be met *gather*: what comes free is kept for them until they fit. They are the first of those that
+  waited too long and, where all guarantees can be kept, those whose guarantee is at stake and whom only tenures keep out.
+- While a run gathers, those that rank after it pause less: a run with a guarantee only runs without one, others nobody.
+
+The last one is why nobody waits for ever. A run of several groups needs all of its places at once; a tenure, and a guarantee
+that cannot spare more, each hold one of them back for a time. If others took the rest one by one, each with a new tenure or
+with what it could have spared used up, there might never be enough together (docs/pool.md has the proof).
 """
 
-from tidepool.messages import AskBack, GrantGroup, Reason, Reservation, Wait
+from tidepool.messages import AskBack, GrantGroup, Reason, Reservation, Run, Wait
 from tidepool.pool import ranking
-from tidepool.pool.givers import Demand
+from tidepool.pool.givers import Demand, Pauses
 from tidepool.pool.holding import Holding
 from tidepool.pool.ranking import AGED, OWED, STARVING, Power
 from tidepool.pool.reasons import reason
@@ -26,7 +32,7 @@ def meet_minimums(state: Round) -> None:
     """Grant the mins of all runs that have less."""
     state.givers.forget_failures()
     ranked = sorted((rank(state, holding), number) for number, holding in enumerate(state.holdings) if holding.missing)
-    has_booked, standing = False, STARVING
+    standing = STARVING
     for (power, _, _), number in ranked:
         holding = state.holdings[number]
         if state.is_full and holding.missing and not holding.is_paused:
@@ -38,20 +44,9 @@ def meet_minimums(state: Round) -> None:
         if holding.is_paused or holding.missing == 0 or meet(state, holding, power):
             continue
         run = holding.run
-        if power.standing in {AGED, STARVING} and not has_booked and _may_book(state, holding):
-            has_booked = True
-            state.book(holding.options, holding.missing * run.workers_per_group)
-        elif holding.groups and len(holding.groups) + len(holding.closing) < run.min_groups:
+        if not holding.gathers and holding.groups and len(holding.groups) + len(holding.closing) < run.min_groups:
             why = reason("gang", run=run.name, held=len(holding.groups), min=run.min_groups)
             state.decisions += [AskBack(run.name, group.name, why) for group in holding.groups]
-
-
-def _may_book(state: Round, holding: Holding) -> bool:
-    """Whether it helps to keep what comes free for a run: its quota and the cluster must be able to hold it."""
-    run = holding.run
-    if state.usage.training_over(run.project, holding.missing * holding.gpus_per_group) is not None:
-        return False
-    return state.room.could_hold(holding.options, run.min_groups * run.workers_per_group)
 
 
 def meet(state: Round, holding: Holding, power: Power, reservation: Reservation | None = None) -> bool:
@@ -60,19 +55,21 @@ def meet(state: Round, holding: Holding, power: Power, reservation: Reservation 
     over = state.usage.training_over(run.project, missing * holding.gpus_per_group)
     if over is not None:
         return reservation is None and _shrink_own_project(state, holding, over)
+    pauses = Pauses.ANYBODY if reservation is not None else _pauses(state, run)
     could_launch = state.launches.could_fit(run.worker, run.labels, run.kind)
-    if not could_launch and reservation is None and state.givers.has_failed_for(holding.options, missing * run.workers_per_group, True):
-        state.wait_for_room(run.name, missing, run.workers_per_group, run.worker, run.labels, holding.options)
+    has_failed = state.givers.has_failed_for(holding.options, missing * run.workers_per_group, pauses)
+    if has_failed and not could_launch and reservation is None:
+        _wait(state, holding, power, pauses)
         return False
-    demand = Demand(holding.options, missing, run.workers_per_group, power, can_pause=not could_launch)
-    spots, is_coming = state.claim(run.name, demand, run)
+    demand = _demand(state, holding, power, pauses)
+    spots, is_coming = state.claim(run.name, demand._replace(pauses=Pauses.NOBODY) if could_launch else demand, run)
     if not spots and not is_coming and could_launch:
         template = state.launches.promise(run.name, missing, run.workers_per_group, run.worker, run.labels, run.kind)
         if template is not None:
             why = reason("launching", missing=missing, template=template.name, start_s=template.start_s)
             state.waits.append(Wait(run.name, missing, why))
             return True
-        spots, is_coming = state.claim(run.name, demand._replace(can_pause=True), run)
+        spots, is_coming = state.claim(run.name, demand, run)
     if spots:
         why = _grant_reason(state, holding, power, reservation)
         state.decisions += [GrantGroup(run.name, state.room.names(spot), why) for spot in spots]
@@ -84,11 +81,43 @@ def meet(state: Round, holding: Holding, power: Power, reservation: Reservation 
         holding.is_coming = True
     else:
         if reservation is None:
-            state.wait_for_room(run.name, missing, run.workers_per_group, run.worker, run.labels, holding.options)
+            _wait(state, holding, power, pauses)
         return False
     holding.num_groups += missing
     state.usage.add_training(run.project, missing * holding.gpus_per_group)
     return True
+
+
+def _pauses(state: Round, run: Run) -> Pauses:
+    """Whom a run may pause for its min: fewer, once the round gathers room for one that goes before it."""
+    if not state.gathering:
+        return Pauses.ANYBODY
+    return Pauses.UNGUARANTEED if state.rules.guarantees[run.tier] > 0 else Pauses.NOBODY
+
+
+def _demand(state: Round, holding: Holding, power: Power, pauses: Pauses) -> Demand:
+    """What a run lacks of its min."""
+    is_over = power.standing == OWED and state.is_overpromised
+    return Demand(holding.options, holding.missing, holding.run.workers_per_group, power, pauses, is_overpromised=is_over)
+
+
+def _wait(state: Round, holding: Holding, power: Power, pauses: Pauses) -> None:
+    """Say why a run stays without its min, and keep what comes free for it if it is one that gathers."""
+    run, missing, workers = holding.run, holding.missing, holding.run.workers_per_group
+    kind = None
+    if power.standing == OWED and not state.is_overpromised:
+        kind = state.givers.would_make_room(_demand(state, holding, power, pauses))
+    if kind is not None:
+        why = reason("tenure", missing=missing, workers=workers, tenure_s=state.rules.tenure_s)
+        state.waits.append(Wait(run.name, missing, why))
+    else:
+        state.wait_for_room(run.name, missing, workers, run.worker, run.labels, holding.options)
+    if power.standing in {AGED, STARVING} and power.standing not in state.gathering:
+        kind = state.room.could_hold(holding.options, run.min_groups * workers)
+    if kind is not None:
+        state.book(kind, missing * workers)
+        state.gathering.add(power.standing)
+        holding.gathers = True
 
 
 def _shrink_own_project(state: Round, holding: Holding, over: Reason) -> bool:

@@ -84,24 +84,27 @@ def share(run: Run, holds_min: bool, now_s: float, rules: Rules, pause_s: float 
 
 
 def is_owed(run: Run, holds_min: bool, now_s: float, rules: Rules) -> bool:
-    """Whether the guarantee is broken, or would be before a place can be made (a tenure later) if the run did not hold."""
+    """Whether the guarantee is broken, or would be before a place can be made (`return_s` later) if the run did not hold."""
     guarantee = rules.guarantees[run.tier]
-    return guarantee > 0 and share(run, holds_min, now_s, rules, 0.0 if holds_min else rules.tenure_s) < guarantee
+    return guarantee > 0 and share(run, holds_min, now_s, rules, 0.0 if holds_min else rules.return_s) < guarantee
 
 
 def can_spare(run: Run, now_s: float, rules: Rules) -> bool:
     """Whether the guarantee outlives a pause of one tenure and the making of a new place after it."""
-    return share(run, True, now_s, rules, 2 * rules.tenure_s) >= rules.guarantees[run.tier]
+    return share(run, True, now_s, rules, rules.tenure_s + rules.return_s) >= rules.guarantees[run.tier]
 
 
-def may_pause(claimant: Power, own: Power, victim: Run, now_s: float, rules: Rules) -> bool:
+def may_pause(
+    claimant: Power, own: Power, victim: Run, now_s: float, rules: Rules, *, after_tenure: bool = False, is_overpromised: bool = False
+) -> bool:
     """Whether a claimant may take a place below the min of a victim, whose power is `own`.
 
     Serving and reservations may (they come to the weakest first). Others must outrank the victim, whose tenure must be
-    over; and they must not break its guarantee, unless their own is broken too and they rank before it all the same.
+    over (`after_tenure` takes it to be); and they must not break its guarantee, unless not all can be kept, their own is broken
+    too, and they rank before it all the same.
     """
     if claimant.standing <= RESERVED:
         return True
-    if claimant >= own or now_s - victim.started_s < rules.tenure_s:
+    if claimant >= own or (now_s - victim.started_s < rules.tenure_s and not after_tenure):
         return False
-    return can_spare(victim, now_s, rules) or (claimant.standing == OWED and claimant[1:] < own[1:])
+    return can_spare(victim, now_s, rules) or (is_overpromised and claimant.standing == OWED and claimant[1:] < own[1:])

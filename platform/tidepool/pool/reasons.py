@@ -29,6 +29,8 @@ _WORDS = {
     "next_round": "this round starts {num_granted} groups and replicas, and a round starts no more than about {most}; the next one goes on",
     "coming": "room for {missing} more is being made",
     "launching": "no room yet for {missing} more; nodes of {template} that are starting will give it, within {start_s:.0f} s",
+    "tenure": "{missing} more of {workers} workers have no room yet; it comes when those who started less than {tenure_s:.0f} s ago "
+    "have held their min for so long",
     "no_room": "{missing} more of {workers} workers do not fit: {idle} such workers would fit into what is idle, and nobody who ranks "
     "lower can give the rest",
     "no_node": "no node of the cluster, and none that it could launch, fits {gpus} GPUs, {cpus} CPUs and the labels [{labels}]",

@@ -241,17 +241,17 @@ class Room:
                 total[self.classes[number].gpus > 0] += max(0, self._sizes[number] - used)
         return total[0], total[1]
 
-    def could_hold(self, options: Options, workers: int) -> bool:
-        """Whether so many workers would fit if no run held anything."""
-        for classes in options.classes:
+    def could_hold(self, options: Options, workers: int) -> Options | None:
+        """Of these options the first kind on which so many workers would fit if no run held anything; None if there is none."""
+        for kind, classes in zip(options.kinds, options.classes, strict=True):
             units = {choice.number: choice.units for choice in classes}
             slots = 0
             for node, number in enumerate(self._class_of):
                 if number in units:
                     slots += max(0, self._sizes[number] - self._fixed[node]) // units[number]
             if slots >= workers:
-                return True
-        return False
+                return Options((kind,), (classes,))
+        return None
 
     def settle(self) -> None:
         """Everything has been counted: build the indexes."""

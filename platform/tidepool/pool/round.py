@@ -41,6 +41,7 @@ class Round:
         self.decisions: list[Decision] = []
         self.waits: list[Wait] = []
         self.giving: set[str] = set()
+        self.gathering: set[int] = set()  # the standings of runs that what comes free is kept for
         self.num_granted = 0
         self.num_replicas = {deployment.name: self._count_replicas(deployment) for deployment in snapshot.deployments}
         self.room.fix()
@@ -140,10 +141,9 @@ class Round:
         self.decisions += [AskBack(holding.run.name, group.name, why) for group in piece.groups]
 
     def book(self, options: Options, workers: int) -> None:
-        """Keep what there is, idle or coming, for up to so many workers, from everyone who comes later."""
+        """Keep what there is on nodes of one kind, idle or coming, for up to so many workers, from everyone who comes later."""
         if options.classes and (slots := min(workers, self.room.soon.slots(options.classes[0]))):
-            first = Options(options.kinds[:1], options.classes[:1])
-            self.room.take(self.room.soon, first, 1, slots)
+            self.room.take(self.room.soon, options, 1, slots)
 
     def wait_for_room(self, name: str, missing: int, workers: int, worker: Resources, labels: frozenset[str], options: Options) -> None:
         """Say why there is no room."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from tidepool.messages import Tier
 
@@ -35,3 +36,8 @@ class Rules:
     bands_gpu_s: tuple[float, ...] = (1800.0, 14_400.0, 115_200.0)
     max_grants: int = 1000
     """About as many groups and replicas start in one round at most; the next round goes on."""
+
+    @cached_property
+    def return_s(self) -> float:
+        """From a claim until its place is there, at the worst: who is in it has just begun a tenure, and must vacate it then."""
+        return self.tenure_s + self.vacate_s
