@@ -51,7 +51,7 @@ class FlatLayout:
     def views(self, flat: Tensor) -> Gradients:
         """The gradients in a flat tensor."""
         sizes = [size for shape, gap in zip(self._shapes, self._gaps, strict=True) for size in (shape.numel(), gap)]
-        return [part.view(shape) for part, shape in zip(flat.split(sizes)[::2], self._shapes, strict=True)]
+        return [part.view(shape) for part, shape in zip(torch.split(flat, sizes)[::2], self._shapes, strict=True)]
 
 
 def reduce_gradients(
