@@ -4,6 +4,7 @@ Each side of a comparison is one process or several, all alive from the first tu
 gives back the memory of its GPU that it does not hold anything in. Every side tells the losses of all of its steps at the end.
 """
 
+import math
 import multiprocessing as mp
 import os
 import platform
@@ -162,7 +163,7 @@ def train_ours(spec: RunSpec, model: PreTrainedModel, group: Group, turn: Turn, 
     dtype = resolve_dtype(spec.training.precision, next(model.parameters()).device)
     loop = StepLoop(spec, model, *splits, dtype, MemorySink(), Turns(1, None, 0), commits)
     loop.history.losses = losses
-    loop.history.evaluations.append((0, float("nan")))  # so that it does not begin with one
+    loop.history.evaluations.append((0, math.nan))  # so that it does not begin with one
     loop.begin()
     loop.run(group)
 
@@ -187,9 +188,14 @@ def prepare_stdlib(folder: Path, dataset: str, sequence_length: int, vocab_size:
     return store_url
 
 
+def loss_difference(ours: list[float], peer: list[float]) -> float:
+    """The largest relative difference between the losses of a step; NaN if a loss is."""
+    return max((abs(one - other) / other for one, other in zip(ours, peer, strict=True)), key=lambda one: (math.isnan(one), one))
+
+
 def check_losses(ours: list[float], peer: list[float], most: float) -> None:
     """Both sides have learned the same, or the comparison says nothing."""
-    worst = max(abs(one - other) / other for one, other in zip(ours, peer, strict=True))
+    worst = loss_difference(ours, peer)
     if not worst <= most:  # NaN is not
         raise RuntimeError(f"The losses differ by up to {worst:.2%}, so the two sides do not do the same work: {ours} and {peer}.")
 

@@ -16,7 +16,7 @@ class Group(Protocol):
     def size(self) -> int: ...
 
     def all_reduce(self, values: Tensor) -> None:
-        """Add up `values` over the members, in place. Exact where at most one member has a value other than zero."""
+        """Add up `values` over the members, in place. Where no more than two have a value other than zero, no order of addition shows."""
         ...
 
     def all_to_all(self, sent: Tensor, num_sent: Sequence[int], num_received: Sequence[int]) -> Tensor:

@@ -38,22 +38,20 @@ class FlatLayout:
     """
 
     def __init__(self, parameters: Sequence[Parameter], num_slices: int) -> None:
-        self._shapes, self._starts, end = [p.shape for p in parameters], [], 0
-        for shape in self._shapes:
-            self._starts.append(end)
-            end += -(-shape.numel() // _ALIGNMENT) * _ALIGNMENT
-        self._size = -(-end // num_slices) * num_slices
+        self._shapes = [p.shape for p in parameters]
+        self._gaps = [-shape.numel() % _ALIGNMENT for shape in self._shapes]
+        self._gaps[-1] += -sum(shape.numel() + gap for shape, gap in zip(self._shapes, self._gaps, strict=True)) % num_slices
 
     def flatten(self, gradients: Gradients) -> Tensor:
-        """A copy, (elements and padding,)."""
-        flat = torch.zeros(self._size, dtype=torch.float32, device=gradients[0].device)
-        torch._foreach_copy_(self.views(flat), gradients)
-        return flat
+        """A copy, (elements and zeros between them,)."""
+        zeros = gradients[0].new_zeros(max(self._gaps))
+        pairs = zip(gradients, self._gaps, strict=True)
+        return torch.cat([part for gradient, gap in pairs for part in (gradient.view(-1), zeros[:gap])])
 
     def views(self, flat: Tensor) -> Gradients:
         """The gradients in a flat tensor."""
-        places = zip(self._starts, self._shapes, strict=True)
-        return [flat[start : start + shape.numel()].view(shape) for start, shape in places]
+        sizes = [size for shape, gap in zip(self._shapes, self._gaps, strict=True) for size in (shape.numel(), gap)]
+        return [part.view(shape) for part, shape in zip(torch.split(flat, sizes)[::2], self._shapes, strict=True)]
 
 
 def reduce_gradients(
@@ -74,6 +72,9 @@ def reduce_gradients(
     layout = FlatLayout(parameters, group.size)
     flat = [layout.flatten(sums.pop(0)) for _ in own]
     covers = [cover(owned_shards(rank, group.size, num_shards), num_shards) for rank in range(group.size)]
+    if [len(nodes) for nodes in covers] == [1, 1]:  # a sum of two has the same bits in any order
+        group.all_reduce(flat[0])
+        return layout.views(flat[0])
     part = _exchange(flat, covers, num_shards, group)
     group.all_gather(part, flat[0])
     return layout.views(flat[0])
