@@ -105,9 +105,9 @@ def test_the_coordinator_of_a_run_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "platform")}, check=True)
 
 
-def test_the_launchers_of_replica_groups_import_nothing_that_only_a_worker_needs() -> None:
-    """Each group has a launcher and a controller of Ray Train's, which load these two and would take seconds of processor for the rest."""
-    code = "import sys, tidepool.training.ray_worker, tidepool.training.replica_groups; print({'transformers', 'peft'} & {*sys.modules})"
+def test_who_starts_workers_imports_nothing_that_only_a_worker_needs() -> None:
+    """A run's driver, and the launcher and the controller of each of its groups, start one after the other, before any worker does."""
+    code = "import sys, tidepool.training.driver; print({'transformers', 'peft', 'ray.train'} & {*sys.modules})"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "platform")}, capture_output=True, text=True, check=True
     )

@@ -19,7 +19,8 @@ from tidepool.telemetry import MemorySink
 from tidepool.training.batch import shard_samples
 from tidepool.training.member import Alone
 from tidepool.training.outcome import Outcome
-from tidepool.training.pins import read_pins, resolve
+from tidepool.training.pins import read_pins
+from tidepool.training.resolution import resolve
 from tidepool.training.sample_record import read_record, samples_digest
 from tidepool.training.task import Task
 from tidepool.training.worker import Account, run_task

@@ -16,8 +16,8 @@ from tidepool.checkpoint import Incarnation, RunLog
 from tidepool.local_cluster import LocalCluster
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore
+from tidepool.training.outcome import read_result
 from tidepool.training.ray_worker import NAMESPACE, coordinator_name
-from tidepool.training.worker import read_result
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240

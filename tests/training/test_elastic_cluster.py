@@ -29,10 +29,10 @@ from tidepool.local_cluster import LocalCluster
 from tidepool.messages import AskBack, Reason, Resize
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
+from tidepool.training.outcome import read_result
 from tidepool.training.pauses import paused_step
 from tidepool.training.replica_groups import ReplicaGroups
 from tidepool.training.task import Pins, Task
-from tidepool.training.worker import read_result
 
 pytestmark = [pytest.mark.elastic, pytest.mark.chaos]
 STEPS = 150

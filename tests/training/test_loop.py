@@ -23,8 +23,7 @@ from tidepool.telemetry import MemorySink
 from tidepool.training import loop, numerics, worker
 from tidepool.training.batch import shard_samples
 from tidepool.training.loop import derived_seed
-from tidepool.training.outcome import Outcome
-from tidepool.training.worker import read_result
+from tidepool.training.outcome import Outcome, read_result
 
 SHAS = ("weights_sha256", "optimizer_sha256", "history_sha256")
 FULL: dict[str, Any] = {"model": {"config": CONFIG | {"attention_dropout": 0.2}}}

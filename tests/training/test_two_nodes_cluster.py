@@ -28,7 +28,7 @@ from tidepool import local_cluster
 from tidepool.checkpoint import RunLog
 from tidepool.local_cluster import LocalCluster
 from tidepool.storage import open_store
-from tidepool.training.worker import read_result
+from tidepool.training.outcome import read_result
 
 pytestmark = pytest.mark.cluster
 ROOT = Path(__file__).parents[2]

@@ -31,9 +31,9 @@ from tidepool.training.cluster_address import listens
 from tidepool.training.coordinator import Beginning, Coordinator, Orders
 from tidepool.training.growth import num_to_start
 from tidepool.training.membership import NAMESPACE, coordinator_name
-from tidepool.training.outcome import Outcome
+from tidepool.training.outcome import Outcome, read_result
 from tidepool.training.pauses import note_paused, note_resumed
-from tidepool.training.pins import read_pins, resolve
+from tidepool.training.pins import read_pins
 from tidepool.training.quorum import Rules
 from tidepool.training.quorum_events import Claimed
 from tidepool.training.ray_worker import train_worker
@@ -48,7 +48,6 @@ from tidepool.training.replica_groups import (
 )
 from tidepool.training.restarts import Failure, give_up
 from tidepool.training.task import Pins, Task
-from tidepool.training.worker import read_result
 
 _logger = logging.getLogger(__name__)
 _POLL_S = 0.2
@@ -72,13 +71,19 @@ def train(spec: RunSpec, worker: WorkerFunction = train_worker) -> Outcome:
     if spec.store.startswith("memory://"):
         raise SpecError(f"store: {spec.store} is another store in each process: give s3://bucket/prefix, or file:/// and an absolute path.")
     store = open_store(spec.store)
-    pins = read_pins(spec, store) or resolve(spec, store)
+    pins = read_pins(spec, store) or _resolve(spec, store)
     if (result := read_result(store, spec.run)) is not None:
         _logger.info("run %s is finished; give another `run` name to train again", spec.run)
         return Outcome(True, result["steps"], result)
     note_resumed(store, spec.run)
     with _connection(), closing(_Run(spec, pins, store, worker)) as run, _stop_signals() as stop:
         return run.drive(stop)
+
+
+def _resolve(spec: RunSpec, store: ObjectStore) -> Pins:
+    from tidepool.training.resolution import resolve  # which brings transformers: a run that goes on does without
+
+    return resolve(spec, store)
 
 
 class _Run:

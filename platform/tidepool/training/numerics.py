@@ -8,9 +8,7 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import version
 
-import peft
 import torch
-import transformers
 
 from tidepool.errors import NumericsError
 from tidepool.specs import RunSpec, differences
@@ -46,8 +44,8 @@ def fingerprint(spec: RunSpec, device: torch.device) -> Fingerprint:
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
         "triton": version("triton") if device.type == "cuda" else "none",
-        "transformers": transformers.__version__,
-        "peft": peft.__version__,
+        "transformers": version("transformers"),
+        "peft": version("peft"),
         "num_threads": torch.get_num_threads(),
         "dtype": str(resolve_dtype(spec.training.precision, device)).removeprefix("torch."),
         "attention": "sdpa",

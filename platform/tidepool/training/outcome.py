@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from tidepool.errors import ObjectNotFoundError
+from tidepool.storage import ObjectStore, get_json
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -13,3 +16,16 @@ class Outcome:
     step: int
     result: Mapping[str, Any] | None
     is_paused: bool = False
+
+
+def read_result(store: ObjectStore, run: str) -> dict[str, Any] | None:
+    """The result of a finished run, None for any other."""
+    try:
+        return get_json(store, result_key(run))
+    except ObjectNotFoundError:
+        return None
+
+
+def result_key(run: str) -> str:
+    """Where the result of a run is."""
+    return f"runs/{run}/result.json"

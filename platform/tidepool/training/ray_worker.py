@@ -1,7 +1,7 @@
 """The shell of a worker on Ray Train: what `TorchTrainer` calls in each process of a replica group.
 
-The launcher and Ray Train's controller load this module too, to pass the function on: what only a worker needs, and takes it
-seconds to import, is imported when one begins.
+The driver, the launcher and Ray Train's controller load this module too, to pass the function on: what only a worker needs, and takes
+it seconds to import, is imported when one begins.
 """
 
 import os
@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
-import ray.train
-import ray.train.torch
 from ray._raylet import setproctitle  # type: ignore[attr-defined]
 from ray.actor import ActorHandle
 from ray.util.metrics import Gauge
@@ -34,6 +32,8 @@ def train_worker(config: Mapping[str, Any]) -> None:
 
 
 def _train(config: Mapping[str, Any]) -> None:
+    import ray.train.torch
+
     from tidepool.training.member import Member
     from tidepool.training.process_group import MeetingPoint
     from tidepool.training.worker import run_task

@@ -18,9 +18,6 @@ import ray
 import ray._private.state
 from ray.actor import ActorHandle
 from ray.core.generated import gcs_pb2
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -46,12 +43,20 @@ class Launcher:
 
     def fit(self, worker: WorkerFunction, task: Task, group: int) -> tuple[Exception, str] | None:
         """Run one replica group to its end; returns its error with a traceback, None if it ended well."""
+        from ray.train import FailureConfig, RunConfig, ScalingConfig  # here: the driver of a run does without Ray Train and torch
+        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2.api.exceptions import TrainingFailedError
+
         configure_logging()
+        workers = task.spec.workers
+        scaling = ScalingConfig(
+            num_workers=workers.num_workers, use_gpu=bool(workers.gpus_per_worker), resources_per_worker=_resources(workers)
+        )
         with ScratchFolder("train") as folder:
             trainer = TorchTrainer(
                 worker,
                 train_loop_config={"task": task, "group": group, "versions": self._versions},
-                scaling_config=_scaling(task.spec.workers),
+                scaling_config=scaling,
                 # Ray's own process group joins the workers of one replica group; a run's steps go through groups of its quorums.
                 torch_config=TorchConfig(backend="gloo"),
                 run_config=RunConfig(
@@ -168,11 +173,6 @@ def _resources(workers: WorkersSpec) -> dict[str, float]:
     return {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
 
 
-def _scaling(workers: WorkersSpec) -> ScalingConfig:
-    resources, use_gpu = _resources(workers), bool(workers.gpus_per_worker)
-    return ScalingConfig(num_workers=workers.num_workers, use_gpu=use_gpu, resources_per_worker=resources)
-
-
 def waiting_for(workers: WorkersSpec, num_groups: int) -> list[str]:
     """What so many groups need and the cluster does not have free, as lines for a person."""
     free, whole, num_workers = ray.available_resources(), ray.cluster_resources(), workers.num_workers * num_groups
@@ -184,9 +184,9 @@ def waiting_for(workers: WorkersSpec, num_groups: int) -> list[str]:
     ]
 
 
-def _cause(error: TrainingFailedError) -> tuple[Exception, str]:
-    """What made a worker group fail: an error of ours if any worker has one, else the first worker's."""
-    causes = list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else [error]
+def _cause(error: Exception) -> tuple[Exception, str]:
+    """What made a `fit()` fail: of a worker group an error of ours if any worker has one, else the first worker's."""
+    causes = list(getattr(error, "worker_failures", {}).values()) or [error]
     own = next((ours for cause in causes if (ours := _own_error(cause)) is not None), None)
     detail = "".join(traceback.format_exception(causes[0]))
     # Other exceptions may not survive pickling on the way to the driver: their type's name and text do.

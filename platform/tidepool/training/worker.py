@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tidepool.checkpoint import Checkpoints, Commit, Incarnation, StoredObject
 from tidepool.data import Dataset, DatasetInfo, fetch_tokenizer, find_dataset
-from tidepool.errors import ObjectExistsError, ObjectNotFoundError, SupersededError
+from tidepool.errors import ObjectExistsError, SupersededError
 from tidepool.models import (
     ModelSource,
     add_lora,
@@ -46,7 +46,7 @@ from tidepool.training.member import Membership
 from tidepool.training.membership import Quorum
 from tidepool.training.memory import Demand, advise, loading_advice, model_size, told_of_memory
 from tidepool.training.numerics import fingerprint, prepare_process, resolve_dtype
-from tidepool.training.outcome import Outcome
+from tidepool.training.outcome import Outcome, result_key
 from tidepool.training.pins import base_source, check_worker, write_document
 from tidepool.training.state import tensors_digest
 from tidepool.training.task import Task
@@ -267,9 +267,9 @@ def _finish(task: Task, parts: _Parts, loop: StepLoop, store: ObjectStore, folde
         **account,
     }
     try:
-        put_json(store, _result_key(spec.run), result)
+        put_json(store, result_key(spec.run), result)
     except ObjectExistsError:
-        return get_json(store, _result_key(spec.run))  # a worker before this one wrote it and died before it could say so
+        return get_json(store, result_key(spec.run))  # a worker before this one wrote it and died before it could say so
     return result
 
 
@@ -291,15 +291,3 @@ def _publish(task: Task, parts: _Parts, loop: StepLoop, store: ObjectStore, fold
         metrics={"loss": loop.history.losses[-1], "held_out_loss": loop.history.evaluations[-1][1]},
         alias=spec.publish.alias,
     )
-
-
-def read_result(store: ObjectStore, run: str) -> dict[str, Any] | None:
-    """The result of a finished run, None for any other."""
-    try:
-        return get_json(store, _result_key(run))
-    except ObjectNotFoundError:
-        return None
-
-
-def _result_key(run: str) -> str:
-    return f"runs/{run}/result.json"
