@@ -10,13 +10,18 @@ from safetensors.torch import load
 
 from tests.training.conftest import make_run, train_here
 from tests.training.test_families import DROPOUT, GPT2, LLAMA, make_spec, train, train_together
+from tests.training.test_objective import ONE, SEVERAL, make_batch
 from tests.training.test_process_group import together
 from tidepool.checkpoint import Snapshot
 from tidepool.errors import TidepoolError
+from tidepool.models import add_lora, build_model, use_given_masks
 from tidepool.specs import LoraSpec
 from tidepool.training.group import LocalGroup
 from tidepool.training.numerics import prepare_process
+from tidepool.training.objective import loss_sum, precision
+from tidepool.training.optimizer import gradient_norm
 from tidepool.training.process_group import MeetingPoint, ProcessGroup, StagedGroup
+from tidepool.training.reduction import FlatLayout
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 GPU = torch.device("cuda", 0)
@@ -74,6 +79,35 @@ def test_gpu_and_cpu_agree(prepared: str) -> None:
     assert on_gpu is not None
     for name in ("first_loss", "last_loss", "held_out_loss_after"):
         assert on_gpu[name] == pytest.approx(on_cpu[name], rel=1e-3), name
+
+
+@pytest.mark.parametrize("documents", [ONE, SEVERAL])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_no_micro_batch_waits_for_the_gpu(documents: list[list[int]], kind: str) -> None:
+    model = build_model(LLAMA, 320, seed=1)
+    if kind == "lora":
+        model = add_lora(model.to(torch.bfloat16), LoraSpec(rank=4), 0, "b")
+    model = model.to(GPU).train()
+    use_given_masks(model)
+    try:
+        for mode in ("default", "error"):  # the first time, libraries are loaded
+            torch.cuda.set_sync_debug_mode(mode)
+            with precision(torch.bfloat16, GPU):
+                loss = loss_sum(model, make_batch(documents, GPU))
+            loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+
+
+def test_a_norm_has_the_same_bits_wherever_the_gradients_lie() -> None:
+    shapes = [(37, 11), (5,), (1000, 257), (3,), (513, 129)]
+    gradients = [torch.randn(shape, device=GPU, generator=torch.Generator(GPU).manual_seed(1)) for shape in shapes]
+    expected = gradient_norm(gradients)
+    assert expected.item() == pytest.approx(float(torch.cat([gradient.double().flatten() for gradient in gradients]).norm()), rel=1e-6)
+    for num_slices in (2, 3, 7):
+        layout = FlatLayout([torch.nn.Parameter(gradient) for gradient in gradients], num_slices)
+        assert gradient_norm(layout.views(layout.flatten(gradients))).equal(expected)
 
 
 def test_a_snapshot_is_taken_while_the_next_step_computes() -> None:

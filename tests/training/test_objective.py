@@ -20,13 +20,13 @@ CPU = torch.device("cpu")
 ONE, SEVERAL = [[0] * 24, [0] * 20 + [-1] * 4], [[0] * 24, [0] * 10 + [1] * 12 + [-1] * 2]
 
 
-def make_batch(documents: list[list[int]]) -> Batch:
+def make_batch(documents: list[list[int]], device: torch.device = CPU) -> Batch:
     numbers, random = np.array(documents, np.int32), np.random.default_rng(1)
     targets = (random.random(numbers.shape) < 0.7) & (numbers >= 0)
     targets[:, 0] = False
     targets[:, 1:] &= numbers[:, 1:] == numbers[:, :-1]
     tokens = random.integers(3, 300, numbers.shape, np.int32)
-    (batch,) = cut_batches(Samples(np.where(numbers < 0, 0, tokens), targets, numbers), len(numbers), CPU)
+    (batch,) = cut_batches(Samples(np.where(numbers < 0, 0, tokens), targets, numbers), len(numbers), device)
     return batch
 
 

@@ -250,7 +250,7 @@ class StepLoop:
         training = self.spec.training
         self.watch.tick("step")
         self.watch.check()
-        torch.manual_seed(derived_seed(self.spec.seed, self.step, shard))
+        _seed(self.device, derived_seed(self.spec.seed, self.step, shard))
         samples, digest = self._data.take(self.step, shard)
         stats_S3[shard, 2] = digest
         for batch in cut_batches(samples, training.micro_batch_size, self.device):
@@ -322,3 +322,10 @@ def derived_seed(seed: int, step: int, shard: int) -> int:
     """A seed of 63 bits for everything random in one shard of one step."""
     digest = hashlib.blake2b(f"{seed} {step} {shard}".encode(), digest_size=8, person=b"tidepool.step").digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def _seed(device: torch.device, seed: int) -> None:
+    """As `torch.manual_seed`, which formats a traceback for each kind of device that is not there."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed_all(seed)

@@ -62,7 +62,7 @@ class _CrossEntropy(torch.autograd.Function):
             total -= torch.where(is_target_R1, log_p_RV.gather(1, label_R1), 0).sum()
             if gradient_MV is not None:
                 p_RV = log_p_RV.exp_()
-                p_RV.scatter_(1, label_R1, p_RV.gather(1, label_R1) - 1)
+                p_RV.scatter_(1, label_R1, -1.0, reduce="add")
                 torch.mul(p_RV, is_target_R1, out=gradient_MV[rows])
         ctx.save_for_backward(gradient_MV)
         return total
