@@ -81,6 +81,7 @@ def test_gpu_and_cpu_agree(prepared: str) -> None:
         assert on_gpu[name] == pytest.approx(on_cpu[name], rel=1e-3), name
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 @pytest.mark.parametrize("documents", [ONE, SEVERAL])
 @pytest.mark.parametrize("kind", ["lora", "full"])
 def test_no_micro_batch_waits_for_the_gpu(documents: list[list[int]], kind: str) -> None:
