@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn import Linear
 from torch.utils.data import Dataset as TorchDataset
@@ -159,7 +160,13 @@ def new_model(side: Side) -> PreTrainedModel:
     with device:
         config = new_config(setting.config, setting.vocab_size)
         model = AutoModelForCausalLM.from_config(config, dtype=base_dtype, attn_implementation="sdpa")
-    return add_lora(model, LoraSpec(**LORA), 1, "base").to(device) if setting.kind == "lora" else model
+    if setting.kind == "full":
+        return model
+    adapted = add_lora(model, LoraSpec(**LORA), 1, "base").to(device)
+    for module in adapted.modules():
+        if side.how == PEER and isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = True  # as peft makes it; ours spares the copies
+    return adapted
 
 
 def flops_per_token(setting: Setting) -> float:
