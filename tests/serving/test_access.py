@@ -4,17 +4,24 @@ import asyncio
 import json
 import logging
 import socket
+import ssl
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 import uvicorn
+import yaml
 from fastapi import FastAPI
+from ray.serve._private.http_util import start_asgi_http_server
+from ray.serve.config import HTTPOptions
+from ray.serve.schema import ServeDeploySchema
 
+from tests.certificates import make_certificate
 from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
 from tidepool.errors import RegistryError, SpecError, StoreUnreachableError
 from tidepool.inference.engine import Output
@@ -28,6 +35,7 @@ from tidepool.serving.resolver import Resolver
 from tidepool.specs import GatewaySpec
 from tidepool.storage import LogEntry, open_store
 
+ROOT = Path(__file__).resolve().parents[2]
 COMPLETION = {"model": "tides", "prompt": "hi", "max_tokens": 4}
 
 
@@ -400,7 +408,7 @@ def served(app: FastAPI) -> Iterator[str]:
 def test_no_prompt_answer_or_key_is_logged(log: KeyLog, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     key, secret = log.create("one", limits=Limits(requests_per_minute=100))
     _, revoked = log.create("two")
-    log.revoke(log.keys()[1].id)
+    log.revoke(log.all()[1].id)
     planted = ("SHIBBOLETH", "OPEN-SESAME", secret.rpartition("-")[2][:20], revoked.rpartition("-")[2][:20], key.sha256)
 
     class Quoting(FakeBackend):
@@ -428,3 +436,47 @@ def test_no_prompt_answer_or_key_is_logged(log: KeyLog, caplog: pytest.LogCaptur
     assert "A request failed: ValueError" in written
     assert "/v1/completions" in written, "the server did log"
     assert [word for word in planted if word in written] == []
+
+
+# --- TLS -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_gateway_speaks_tls_as_serves_http_options_say(tmp_path: Path, log: KeyLog) -> None:
+    """By the function with which Serve's proxy starts its server, on what stands in `http_options` of a config file."""
+    _, secret = log.create("one")
+    certificate = make_certificate(tmp_path)
+    value = yaml.safe_load((ROOT / "serve/serve.yaml").read_text())
+    value["http_options"] = {
+        "host": "127.0.0.1",
+        "port": 0,
+        "ssl_certfile": str(certificate.path),
+        "ssl_keyfile": str(certificate.key_path),
+    }
+    options = HTTPOptions(**ServeDeploySchema.model_validate(value).http_options.model_dump(exclude_unset=True))
+
+    async def work() -> None:
+        started, server = await start_asgi_http_server(gateway(FakeBackend(), log=log), options, event_loop=asyncio.get_running_loop())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        trusting = ssl.create_default_context(cafile=str(certificate.path))
+        try:
+            async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=trusting) as client:
+                response = await client.post("/v1/completions", json=COMPLETION, headers=bearer(secret))
+                assert response.json()["choices"][0]["text"] == "Hello!"
+            async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=ssl.create_default_context()) as client:
+                with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+                    await client.get("/health")
+            async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+                with pytest.raises(httpx.HTTPError):
+                    await client.get("/health")
+        finally:
+            server.should_exit = True
+            await started
+
+    run(work())
+
+
+def test_half_of_the_tls_options_are_refused_by_serve() -> None:
+    with pytest.raises(ValueError, match="ssl_keyfile and ssl_certfile"):
+        HTTPOptions(ssl_certfile="/tls/cert.pem")

@@ -21,7 +21,7 @@ def log(store_url: str) -> KeyLog:
 
 def test_a_key_is_shown_once_and_its_hash_alone_is_stored(log: KeyLog, store_url: str) -> None:
     key, secret = log.create("ci", "research", ["bot"], limits=Limits(requests_per_minute=5))
-    assert log.keys() == [key]
+    assert log.all() == [key]
     assert (key.name, key.project, key.models, key.is_admin, key.limits) == (
         "ci",
         "research",
@@ -42,7 +42,7 @@ def test_a_revoked_key_stays_revoked(log: KeyLog) -> None:
     revoked = log.revoke(first.id)
     assert revoked.revoked_at is not None
     assert log.revoke(first.id) == revoked, "again changes nothing"
-    assert log.keys() == [revoked, second]
+    assert log.all() == [revoked, second]
     with pytest.raises(ApiKeyError, match=r"No key 'nobody'.*`tidepool keys list`"):
         log.revoke("nobody")
 
@@ -51,7 +51,7 @@ def test_a_revoked_key_stays_revoked(log: KeyLog) -> None:
 def test_odd_labels_are_refused(log: KeyLog, name: str, project: str | None) -> None:
     with pytest.raises(ApiKeyError, match="cannot be the name of a key or a project"):
         log.create(name, project)
-    assert log.keys() == []
+    assert log.all() == []
 
 
 @pytest.mark.parametrize(
@@ -192,7 +192,7 @@ def test_a_damaged_log_is_no_log(damage: str, log: KeyLog, store_url: str) -> No
         assert await hands.ring.find(secret) == key
         put_json(open_store(store_url), "keys/2.json", DAMAGES[damage])
         with pytest.raises(ApiKeyError, match=r"keys/2.json cannot be understood"):
-            log.keys()
+            log.all()
         await hands.next_refresh()
         assert await hands.ring.find(secret) == key
         await hands.next_refresh()
@@ -210,7 +210,7 @@ def test_an_entry_with_odd_values_is_damaged(change: dict[str, Any], log: KeyLog
     store = open_store(store_url)
     put_json(store, "keys/2.json", json.loads(store.get("keys/1.json")) | change)
     with pytest.raises(ApiKeyError, match=r"keys/2.json"):
-        log.keys()
+        log.all()
 
 
 def test_requests_that_come_at_once_share_one_reading(log: KeyLog) -> None:

@@ -124,7 +124,7 @@ class KeyLog:
             return replace(keys[key_id], revoked_at=now)
         return keys[key_id]
 
-    def keys(self) -> list[ApiKey]:
+    def all(self) -> list[ApiKey]:
         """All keys ever made, the oldest first."""
         return list(fold_keys(self.read_after(0)).values())
 
