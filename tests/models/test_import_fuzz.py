@@ -201,7 +201,10 @@ def change_json(path: Path, key: str, value: Any) -> None:
 
 FILES = {
     "adapter": ["adapter_config.json", "tidepool.json", "tokenizer_config.json", "tokenizer.json"],
-    "model": ["config.json", "model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json", "vocab.json", "chat_template.jinja"],
+    "model": [
+        *("config.json", "model.safetensors.index.json", "generation_config.json", "chat_template.jinja"),
+        *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json"),
+    ],
 }
 
 
