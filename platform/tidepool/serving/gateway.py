@@ -75,9 +75,8 @@ class _Gateway:
     async def models(self, request: Request) -> Response:
         async def work() -> Response:
             key = await self._identify(request)
-            models = await self._resolver.models()
-            listed = [_describe(name, version) for name, version in models.items() if key is None or key.may_use(name)]
-            return JSONResponse({"object": "list", "data": listed})
+            models = await (self._resolver.models(key.may_use) if key else self._resolver.models())
+            return JSONResponse({"object": "list", "data": [_describe(name, version) for name, version in models.items()]})
 
         return await _answered(work())
 
