@@ -286,8 +286,8 @@ def test_a_module_is_not_imported_because_a_configuration_says_so(door: Door) ->
     assert "does more than LoRA (megatron_config" in door.try_import("adapter", damage)
 
 
-@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts"])
-def test_a_model_of_more_layers_than_its_files_hold_is_not_built(key: str, door: Door) -> None:
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_experts", "head_dim", "hidden_size"])
+def test_a_model_of_more_than_its_files_hold_is_not_built(key: str, door: Door) -> None:
     said = door.try_import("model", lambda folder: change_json(folder / "config.json", key, 10**9))
     assert f"config.json says {key}: 1000000000, which its files cannot hold" in said
 

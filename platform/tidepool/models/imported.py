@@ -28,6 +28,24 @@ _MAX_BYTES = {"config.json": 2**20, "adapter_config.json": 2**20, "tidepool.json
 _MAX_JSON_BYTES = 256 * 2**20  # the largest tokenizer.json of the hub has some 40 MB
 _COUNTS = ("layer", "expert", "block", "depth", "stage")
 _USUAL_COUNT = 1024  # of layers or experts, where many share a tensor
+_SIZES = (
+    "dim",
+    "size",
+    "head",
+    "hidden",
+    "embd",
+    "d_model",
+    "width",
+    "rank",
+    "state",
+    "inner",
+    "kernel",
+    "position",
+    "seq",
+    "ctx",
+    "rotary",
+)
+_MOST_SIZE = 2**24  # transformers computes tables of some of these (rotary embeddings) even where it reads no weight
 
 
 def import_model(ref: str, name: str, base_ref: str | None, alias: str | None, store: ObjectStore, cache: Path) -> ModelVersion:
@@ -100,17 +118,19 @@ def _check_files(folder: Path) -> list[str]:
             if not isinstance(named, dict) or not {str(file) for file in named.values()} <= set(names):
                 raise ModelError(f"{path.resolve()} names files that are not in its folder: import the whole folder, as it was written.")
     if "config.json" in names:
-        _check_counts(read_json(folder / "config.json"), max(num_tensors, _USUAL_COUNT))
+        _check_numbers(read_json(folder / "config.json"), max(num_tensors, _USUAL_COUNT))
     return names
 
 
-def _check_counts(config: Mapping[str, Any], most: int) -> None:
-    """Refuse a model of more layers than its files can hold, before so many are made of its configuration."""
+def _check_numbers(config: Mapping[str, Any], most_layers: int) -> None:
+    """Refuse a model of more layers than its files can hold, or of absurd sizes, before anything is made of its configuration."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            _check_counts(value, most)
-        elif isinstance(value, int | float) and value > most and any(word in key.lower() for word in _COUNTS) and "size" not in key:
-            raise ModelError(f"config.json says {key[:100]}: {str(value)[:100]}, which its files cannot hold: import a whole model.")
+            _check_numbers(value, most_layers)
+        elif isinstance(value, int | float):
+            is_size, is_count = (any(word in key.lower() for word in words) for words in (_SIZES, _COUNTS))
+            if (is_size and value > _MOST_SIZE) or (is_count and not is_size and value > most_layers):
+                raise ModelError(f"config.json says {key[:100]}: {str(value)[:100]}, which its files cannot hold: import a whole model.")
 
 
 def _check_adapter(ref: str, staged: Path, base: ModelSource | None, store: ObjectStore, cache: Path) -> None:
