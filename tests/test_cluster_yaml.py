@@ -97,6 +97,7 @@ def test_a_node_exports_what_a_local_cluster_gives_its_processes(
     (folder,) = config["file_mounts"]
     (made,) = re.findall(r"-m venv (\S+)", " ".join(config["setup_commands"]))
     assert exported.pop("PATH") == f"{made}/bin:$PATH", "a job's `python` is the one of the environment"
+    assert (exported.pop("RAY_AUTH_MODE"), exported.pop("RAY_AUTH_TOKEN_PATH")) == ("token", f"{folder}/ray_token")
     assert local.pop("PATH").split(":")[0] == str(Path(sys.executable).parent)
     assert local.pop("PYTHONPATH").replace(str(ROOT), folder) == exported.pop("PYTHONPATH")
     assert exported == {name: value for name, value in local.items() if name not in LOCAL_ONLY}
@@ -111,6 +112,14 @@ def test_nodes_with_efa_can_use_it_and_spot_notices_are_watched_for_on_the_worke
     assert "ulimit -l unlimited" in start, "EFA pins memory"
     assert re.search(r"python -m tidepool\.spot_notice\s+--address=\$RAY_HEAD_IP:6379\b.*&$", start)
     assert "spot_notice" not in " ".join(config["head_start_ray_commands"])
+
+
+def test_whoever_talks_to_ray_has_its_token_which_goes_with_no_job(config: dict[str, Any]) -> None:
+    (folder,) = config["file_mounts"]
+    (notice,) = (command for command in config["worker_start_ray_commands"] if "-m tidepool.spot_notice" in command)
+    assert notice.startswith(f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={folder}/ray_token ")
+    assert "ray_token" in (ROOT / ".gitignore").read_text().splitlines(), "what git ignores is not uploaded with a job"
+    assert "--dashboard-host=127.0.0.1" in " ".join(config["head_start_ray_commands"])
 
 
 def test_the_image_holds_what_the_nodes_need() -> None:

@@ -147,3 +147,23 @@ def test_free_ports_are_distinct_and_those_wanted_where_nobody_has_them() -> Non
         assert ports[1] == wanted
         assert ports[0] != taken.getsockname()[1]
     assert len(set(ports)) == 4
+
+
+def test_rays_token_is_found_where_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert local_cluster.environment("memory://x")["RAY_AUTH_MODE"] == "disabled", "it is said explicitly"
+    assert local_cluster._authorization() == {}
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    assert local_cluster.environment("memory://x")["RAY_AUTH_MODE"] == "token"
+    with pytest.raises(ClusterError, match=r"auth_token cannot be read.*ray get-auth-token --generate"):
+        local_cluster._authorization()
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray/auth_token").write_text("one\n")
+    assert local_cluster._authorization() == {"Authorization": "Bearer one"}
+    (tmp_path / "other").write_text("two")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "other"))
+    assert local_cluster._authorization() == {"Authorization": "Bearer two"}
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "three")
+    assert local_cluster._authorization() == {"Authorization": "Bearer three"}

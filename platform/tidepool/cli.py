@@ -1,4 +1,4 @@
-"""The `tidepool` command: models, runs, datasets, stores, and a local cluster. Runs are submitted with `ray job submit` (see jobs/).
+"""The `tidepool` command: models, keys, runs, datasets, stores, and a local cluster. Runs are submitted with `ray job submit` (see jobs/).
 
 Exit status: 0 done, 1 an error (one message says what to do), 2 a command line that makes no sense.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 from tidepool import __version__, local_cluster
 from tidepool.data_commands import add_data_commands
 from tidepool.errors import ClusterError, SpecError, TidepoolError
+from tidepool.keys_commands import add_keys_commands
 from tidepool.model_commands import add_model_commands
 from tidepool.pool_commands import add_pool_commands
 from tidepool.registry import ModelVersion, Registry
@@ -42,6 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tidepool {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_models(commands.add_parser("models", help="list, show, promote and roll back published models; import, merge, export"))
+    for command in add_keys_commands(commands.add_parser("keys", help="keys to the API: create, list, revoke"), _store):
+        _add_store(command, _DEFAULT_STORE)
     for command in add_run_commands(
         commands.add_parser("runs", help="training runs: list, show, resize, pause, stop, resume"), _store, _cluster
     ):

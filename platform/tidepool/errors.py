@@ -27,6 +27,7 @@
     │   ├── NonFiniteError          a loss or gradient norm that is not a finite number
     │   ├── OutOfMemoryError        a worker whose device has too little memory for the spec
     │   └── WorkerLostError         workers died and the retries are used up
+    ├── ApiKeyError                 a key to the API that is not there, or a log of keys that cannot be understood
     ├── RequestError                a request to the engine that it cannot serve as written
     ├── EngineBusyError             an engine whose queue is full: the same request may succeed later
     └── ClusterError                the Ray cluster does not answer or lacks what is asked
@@ -142,6 +143,10 @@ class OutOfMemoryError(RunError):
 
 class WorkerLostError(RunError):
     """Workers died and the retries are used up."""
+
+
+class ApiKeyError(TidepoolError):
+    """A key to the API that is not there or cannot be made, or a log of keys that cannot be understood."""
 
 
 class RequestError(TidepoolError):

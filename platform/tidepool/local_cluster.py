@@ -4,8 +4,8 @@ Invariants:
 - Every process is a descendant of the one `ray start --block` that was started here, and is ended by its pid; Ray
   clusters of other people on the machine are never touched (`ray stop` would end them too).
 - Its ports are free ones, and its temporary folder goes with it. Dashboard, job API and Serve listen on loopback. Ray's own
-  GCS and client server listen on all interfaces whatever they are told, without authentication: on a network that is not
-  trusted, put a firewall before them.
+  GCS and client server listen on all interfaces whatever they are told. Whether they ask for a token is said explicitly: not, unless
+  `RAY_AUTH_MODE=token` is in the environment (docs/security.md). On a network that is not trusted, set it or put a firewall before them.
 - Its processes find the library, the Serve application and the store in their environment, as the nodes of
   `cluster.yaml` do.
 """
@@ -75,7 +75,7 @@ def environment(store_url: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         STORE_VARIABLE: store_url,
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
         "RAY_JOB_STOP_WAIT_TIME_S": "60",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -214,7 +214,7 @@ def _send(process: psutil.Process, number: signal.Signals) -> None:
 
 def _request(method: str, url: str, body: object = None) -> Any:
     data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method=method)
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **_authorization()}, method=method)
     try:
         with urllib.request.urlopen(request, timeout=_REQUEST_TIMEOUT_S) as response:
             text = response.read()
@@ -227,10 +227,26 @@ def _request(method: str, url: str, body: object = None) -> Any:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as response:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=_authorization()), timeout=2) as response:
             return bool(response.status == 200)
     except (urllib.error.URLError, OSError):
         return False
+
+
+def _authorization() -> dict[str, str]:
+    """Ray's token for its HTTP, found where Ray finds it; nothing where none is asked for."""
+    if os.environ.get("RAY_AUTH_MODE", "disabled") != "token":
+        return {}
+    token = os.environ.get("RAY_AUTH_TOKEN")
+    if token is None:
+        path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+        try:
+            token = path.read_text()
+        except OSError as error:
+            raise ClusterError(
+                f"RAY_AUTH_MODE is token and {path} cannot be read ({error.strerror}): make one with `ray get-auth-token --generate`."
+            ) from error
+    return {"Authorization": f"Bearer {token.strip()}"}
 
 
 def _free_ports(wanted: Sequence[int]) -> list[int]:

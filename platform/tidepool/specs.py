@@ -323,12 +323,24 @@ class ReplicasSpec(Spec):
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
 
 
+class GatewaySpec(Spec):
+    """Whom the gateway lets in, and how much a request may ask for. `max_new_tokens` None: as many as the context has room for."""
+
+    require_keys: bool = False
+    keys_max_age_s: Annotated[float, Field(gt=0)] = 900.0
+    max_body_bytes: Count = 8_388_608
+    max_new_tokens: Count | None = None
+    max_requests: Count = 4096
+    timeout_s: Annotated[float, Field(gt=0)] = 600.0
+
+
 class ServingSpec(StoredSpec):
     """The models to serve, by registry name (`name`, `name@version` or `name:alias`); adapters bring their base along."""
 
     models: Annotated[list[str], Field(min_length=1)]
     engine: EngineSpec = EngineSpec()
     replicas: ReplicasSpec = ReplicasSpec()
+    gateway: GatewaySpec = GatewaySpec()
     resolve_ttl_s: Annotated[float, Field(ge=0)] = 1.0
 
     @field_validator("models")

@@ -1,22 +1,27 @@
 """What is deployed for a serving spec, and the spec file that we ship."""
 
+import asyncio
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 from ray import serve
 from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.config import HTTPOptions
 from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
 from tests.serving.models import Published
 from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryError, RequestError, SpecError
 from tidepool.registry import Registry
-from tidepool.serving.app import _tidepool_error, build
+from tidepool.serving.app import Gateway, _tidepool_error, build
+from tidepool.serving.keys import KeyLog
 from tidepool.serving.plan import plan_serving
-from tidepool.specs import ServingSpec, parse_spec
+from tidepool.specs import GatewaySpec, ServingSpec, parse_spec
 from tidepool.storage import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,3 +90,27 @@ def test_errors_of_serve_become_ours() -> None:
     assert type(_tidepool_error(BackPressureError(1, 1))) is EngineBusyError
     assert type(_tidepool_error(ActorDiedError())) is ClusterError
     assert isinstance(_tidepool_error(ValueError("x")), ValueError)
+
+
+def constructed(published: Published, host: str, monkeypatch: pytest.MonkeyPatch, **gateway: Any) -> Any:
+    """The gateway's ASGI application as a replica of Serve constructs it, on a Serve that listens on a host."""
+    client = SimpleNamespace(http_config=HTTPOptions(host=host))
+    monkeypatch.setattr("tidepool.serving.app._get_global_client", lambda: client)
+    spec = ServingSpec(store=published.store_url, models=["bot"], gateway=GatewaySpec(**gateway))
+    found = plan_serving(spec, open_store(published.store_url))
+    return Gateway(spec, found.models, {}).__serve_build_asgi_app__()
+
+
+def test_a_gateway_that_others_reach_is_not_constructed_without_keys(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+    constructed(published, "127.0.0.1", monkeypatch)
+    with pytest.raises(SpecError, match=r"would listen on 0\.0\.0\.0 and ask nobody for a key"):
+        constructed(published, "0.0.0.0", monkeypatch)
+    app = constructed(published, "0.0.0.0", monkeypatch, require_keys=True)
+    _, secret = KeyLog(open_store(published.store_url)).create("one")
+
+    async def statuses() -> list[int]:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tidepool") as client:
+            headers: list[dict[str, str]] = [{}, {"Authorization": f"Bearer {secret}"}]
+            return [(await client.get("/admin/keys", headers=one)).status_code for one in headers]
+
+    assert asyncio.run(statuses()) == [401, 403], "the keys are those of the store"

@@ -15,8 +15,9 @@ from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryE
 from tidepool.inference.engine import Output
 from tidepool.registry import ModelVersion
 from tidepool.serving.backend import ContextLengthError, Message, Started
-from tidepool.serving.gateway import MAX_BODY_BYTES, build_gateway
+from tidepool.serving.gateway import build_gateway
 from tidepool.serving.resolver import Resolver
+from tidepool.specs import GatewaySpec
 
 CHAT = {"model": "bot", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "tides", "prompt": "hi", "max_tokens": 4}
@@ -130,10 +131,16 @@ def test_what_fails_before_the_engine_takes_a_request_has_its_status(
     assert len(backend.closed) == 1
 
 
-def test_an_inner_error_leaves_its_traceback_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_inner_error_leaves_in_the_log_where_it_was_raised_and_not_what_it_says(caplog: pytest.LogCaptureFixture) -> None:
+    error = ValueError("about the prompt")
+    error.__cause__ = KeyError("secret")
     with caplog.at_level(logging.ERROR, "tidepool"):
-        ask(FakeBackend(KeyError("secret")), "POST", "/v1/completions", json=COMPLETION)
-    assert caplog.records[0].exc_info is not None
+        ask(FakeBackend(error), "POST", "/v1/completions", json=COMPLETION)
+    assert "ValueError" in caplog.text
+    assert "fakes.py" in caplog.text
+    assert "caused by KeyError" in caplog.text
+    assert "secret" not in caplog.text
+    assert "prompt" not in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -197,7 +204,7 @@ def test_a_wrong_request_never_reaches_the_backend() -> None:
         "code": "unsupported_value",
     }
     assert ask(backend, "POST", "/v1/chat/completions", content=b"{").json()["error"]["code"] == "invalid_json"
-    large = ask(backend, "POST", "/v1/completions", content=b" " * (MAX_BODY_BYTES + 1))
+    large = ask(backend, "POST", "/v1/completions", content=b" " * (GatewaySpec().max_body_bytes + 1))
     assert (large.status_code, large.json()["error"]["code"]) == (400, "body_too_large")
     assert backend.calls == []
 

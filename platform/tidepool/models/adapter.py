@@ -26,21 +26,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from tidepool.errors import BaseMismatchError, ModelError
-from tidepool.models.pretrained import check_tokenizer, first_line, read_json, tensor_shapes
+from tidepool.models.adapter_config import check_adapter_config
+from tidepool.models.pretrained import check_tokenizer, first_line, read_json, readable, tensor_shapes
 from tidepool.models.scratch import seeded
 from tidepool.models.source import ModelSource, model_files
 from tidepool.specs import LoraSpec, canonical_json
 
 _CONFIG, _WEIGHTS, _RECORD = "adapter_config.json", "adapter_model.safetensors", "tidepool.json"
-_PLAIN: dict[str, tuple[Any, ...]] = {
-    "bias": ("none",),
-    "modules_to_save": (None, []),
-    "trainable_token_indices": (None, [], {}),
-    "layer_replication": (None, []),
-    "target_parameters": (None, []),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal"),  # the others (PiSSA, LoftQ, ...) start by changing the base
-}
-"""The keys that would make an adapter more than matrices beside the base's, with the values that do not."""
 
 
 def add_lora(model: PreTrainedModel, spec: LoraSpec, seed: int, base_ref: str) -> PeftModel:
@@ -92,16 +84,9 @@ def check_adapter(base_shapes: PreTrainedModel, folder: Path, base_digest: str) 
     `base_shapes` (of `load_shapes`) is changed. Raises `BaseMismatchError`, `ModelError`.
     """
     config = _read_config(folder, base_digest)
-    if foreign := [key for key, plain in _PLAIN.items() if getattr(config, key) not in plain]:
-        raise ModelError(
-            f"The adapter in {folder} does more than LoRA ({foreign[0]}: {getattr(config, foreign[0])}), which would change the base for "
-            "other adapters too: train it without, or merge it where it was trained and import the whole model."
-        )
-    try:
-        with _without_advice():
-            adapted = get_peft_model(base_shapes, config, low_cpu_mem_usage=True)
-    except (ValueError, TypeError) as error:
-        raise ModelError(f"The adapter in {folder} does not fit this base: {first_line(error)}") from error
+    check_adapter_config(read_json(folder / _CONFIG), (name for name, _ in base_shapes.named_modules()), folder)
+    with readable(f"The adapter in {folder} does not fit this base"), _without_advice():
+        adapted = get_peft_model(base_shapes, config, low_cpu_mem_usage=True)
     wanted = {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()}
     found = tensor_shapes(folder / _WEIGHTS)
     if problem := _difference(found, wanted):
@@ -141,9 +126,12 @@ def attach_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str, 
 def recorded_base(folder: Path) -> str | None:
     """The reference of the base that an adapter's folder names, if it does."""
     if (folder / _RECORD).is_file():
-        return str(read_json(folder / _RECORD)["base"])
-    name: str | None = read_json(folder / _CONFIG).get("base_model_name_or_path")
-    return name
+        return _text(read_json(folder / _RECORD).get("base"))
+    return _text(read_json(folder / _CONFIG).get("base_model_name_or_path"))
+
+
+def _text(value: Any) -> str | None:
+    return value[:200] if isinstance(value, str) else None
 
 
 @contextmanager
@@ -189,16 +177,14 @@ def _read_config(folder: Path, base_digest: str) -> LoraConfig:
         record = read_json(folder / _RECORD)
         if record.get("base_digest") != base_digest:
             raise BaseMismatchError(
-                f"The adapter in {folder} was trained on {record.get('base')} (files {str(record.get('base_digest'))[:12]}), not on this "
-                f"base (files {base_digest[:12]}). Serve it with its own base, or train it again on this one."
+                f"The adapter in {folder} was trained on {_text(record.get('base'))} (files {str(record.get('base_digest'))[:12]}), not on "
+                f"this base (files {base_digest[:12]}). Serve it with its own base, or train it again on this one."
             )
     kind = read_json(folder / _CONFIG).get("peft_type")
     if kind != "LORA":
-        raise ModelError(f"The adapter in {folder} is of the kind {kind}; only LORA can be used.")
-    try:
+        raise ModelError(f"The adapter in {folder} is of the kind {str(kind)[:100]}; only LORA can be used.")
+    with readable(f"Cannot read {folder / _CONFIG}"):
         config = LoraConfig.from_pretrained(folder)
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"Cannot read {folder / _CONFIG}: {first_line(error)}") from error
     config.inference_mode = True
     config.base_model_name_or_path = None  # peft would compare it with a name that the model does not have
     return config

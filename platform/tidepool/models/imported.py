@@ -11,7 +11,9 @@ Invariants:
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tidepool.errors import BaseMismatchError, ModelError, SpecError
 from tidepool.models.adapter import check_adapter, record_base, recorded_base
@@ -21,7 +23,29 @@ from tidepool.registry import ModelVersion, Registry
 from tidepool.scratch import ScratchFolder
 from tidepool.storage import ObjectStore, check_key, local_disk
 
+_MAX_FILES = 4096
+_MAX_BYTES = {"config.json": 2**20, "adapter_config.json": 2**20, "tidepool.json": 2**20, "generation_config.json": 2**20}
 _MAX_JSON_BYTES = 256 * 2**20  # the largest tokenizer.json of the hub has some 40 MB
+_COUNTS = ("layer", "expert", "block", "depth", "stage")
+_USUAL_COUNT = 1024  # of layers or experts, where many share a tensor
+_SIZES = (
+    "dim",
+    "size",
+    "head",
+    "hidden",
+    "embd",
+    "d_model",
+    "width",
+    "rank",
+    "state",
+    "inner",
+    "kernel",
+    "position",
+    "seq",
+    "ctx",
+    "rotary",
+)
+_MOST_SIZE = 2**24  # transformers computes tables of some of these (rotary embeddings) even where it reads no weight
 
 
 def import_model(ref: str, name: str, base_ref: str | None, alias: str | None, store: ObjectStore, cache: Path) -> ModelVersion:
@@ -80,18 +104,33 @@ def _stage(ref: str, staged: Path) -> str:
 
 def _check_files(folder: Path) -> list[str]:
     """Check names, sizes and headers; returns the names. Raises `ModelError`, and `StoreError` for a name that no store takes."""
-    names = model_files(folder)
+    names, num_tensors = model_files(folder), 0
+    if len(names) > _MAX_FILES:
+        raise ModelError(f"The model has {len(names)} files, and at most {_MAX_FILES} are taken: write it in larger ones.")
     for name in names:
         path = folder / check_key(name)
         if name.endswith(".safetensors"):
-            tensor_shapes(path)
-        elif (size_bytes := path.stat().st_size) > _MAX_JSON_BYTES:
+            num_tensors += len(tensor_shapes(path))
+        elif (size_bytes := path.stat().st_size) > _MAX_BYTES.get(name, _MAX_JSON_BYTES):
             raise ModelError(f"{path.resolve()} has {size_bytes} bytes, too many for a file of this kind: it cannot be one.")
         if name.endswith(".index.json"):
             named = read_json(path).get("weight_map")
             if not isinstance(named, dict) or not {str(file) for file in named.values()} <= set(names):
                 raise ModelError(f"{path.resolve()} names files that are not in its folder: import the whole folder, as it was written.")
+    if "config.json" in names:
+        _check_numbers(read_json(folder / "config.json"), max(num_tensors, _USUAL_COUNT))
     return names
+
+
+def _check_numbers(config: Mapping[str, Any], most_layers: int) -> None:
+    """Refuse a model of more layers than its files can hold, or of absurd sizes, before anything is made of its configuration."""
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            _check_numbers(value, most_layers)
+        elif isinstance(value, int | float):
+            is_size, is_count = (any(word in key.lower() for word in words) for words in (_SIZES, _COUNTS))
+            if (is_size and value > _MOST_SIZE) or (is_count and not is_size and value > most_layers):
+                raise ModelError(f"config.json says {key[:100]}: {str(value)[:100]}, which its files cannot hold: import a whole model.")
 
 
 def _check_adapter(ref: str, staged: Path, base: ModelSource | None, store: ObjectStore, cache: Path) -> None:

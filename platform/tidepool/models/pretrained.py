@@ -19,16 +19,17 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.logging import disable_progress_bar, get_verbosity, set_verbosity, set_verbosity_error
 
-from tidepool.errors import ModelError
+from tidepool.errors import ModelError, TidepoolError
 from tidepool.models.source import model_files
 
 SHARD_SIZE = "4GB"
 """Of the files of an export: what a store takes in one put, and another try costs."""
+_MAX_REASON = 400
 disable_progress_bar()  # thousands of lines in a log of many workers, and one of them the last
 
 
@@ -47,20 +48,17 @@ def load_shapes(folder: Path) -> PreTrainedModel:
 
 def _load(folder: Path, **options: Any) -> PreTrainedModel:
     _check_config(folder)
-    try:
-        with _silent():
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                folder,
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                attn_implementation="sdpa",
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that we learn which ones, and refuse them below
-                **options,
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        raise ModelError(f"Cannot load the model in {folder}: {first_line(error)}") from error
+    with readable(f"Cannot load the model in {folder}"), _silent():
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that we learn which ones, and refuse them below
+            **options,
+        )
     if absent := sorted(loading["missing_keys"]):
         raise ModelError(f"Cannot load the model in {folder}: {len(absent)} weights are missing from its files, {absent[0]} for one.")
     if wrong := sorted(loading["mismatched_keys"]):
@@ -85,10 +83,8 @@ def _silent() -> Iterator[None]:
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder. Raises `ModelError`, also if it has no end-of-text token."""
-    try:
+    with readable(f"Cannot load the tokenizer in {folder}"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"Cannot load the tokenizer in {folder}: {first_line(error)}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"The tokenizer in {folder} has no end-of-text token: add an eos_token to its tokenizer_config.json.")
     for trace in ("is_local", "local_files_only"):  # of this call; saved along, they would change the tokenizer's digest
@@ -153,38 +149,51 @@ def _check_config(folder: Path) -> None:
 
 def _check_kind(config: Mapping[str, Any], folder: Path) -> None:
     kind = config.get("model_type")
-    if kind in CONFIG_MAPPING:
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
         return
     if "auto_map" in config:
         raise ModelError(
-            f"The model in {folder} ({kind}) needs Python code of its own, which Tidepool never runs: use a model whose architecture "
-            "is part of transformers."
+            f"The model in {folder} ({str(kind)[:100]}) needs Python code of its own, which Tidepool never runs: use a model whose "
+            "architecture is part of transformers."
         )
     near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING), n=1)
     hint = f" Did you mean {near[0]}?" if near else " A newer transformers may know it."
-    raise ModelError(f"The model in {folder} is of the unknown type {kind!r}.{hint}")
+    raise ModelError(f"The model in {folder} is of the unknown type {str(kind)[:100]!r}.{hint}")
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """The shape of each tensor in a safetensors file, by its header, which is checked against the file. Raises `ModelError`."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path} is no whole safetensors file: {first_line(error)}") from error
+    with readable(f"{path} is no whole safetensors file"), safe_open(path, framework="pt") as file:
+        return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises `ModelError`."""
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"Cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} does not hold a JSON object.")
     return value
 
 
-def first_line(error: Exception) -> str:
-    """What another library's error says, without the pages that follow."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
+@contextmanager
+def readable(problem: str) -> Iterator[None]:
+    """Maps what another library makes of somebody's file to a `ModelError` that begins with `problem`.
+
+    The file may be anything, so the error may be too: of any kind, or the panic of a library in Rust, which is no `Exception`.
+    """
+    try:
+        yield
+    except (TidepoolError, MemoryError):
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise ModelError(f"{problem}: {first_line(error)}") from error
+        raise
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, without the pages that follow, or what it quotes of a file in full."""
+    return next(iter(str(error).splitlines()), "")[:_MAX_REASON] or type(error).__name__

@@ -9,14 +9,17 @@ from typing import Any, Literal
 
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
+from ray.serve.context import _get_global_client
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from tidepool.errors import ClusterError, EngineBusyError, TidepoolError
 from tidepool.models.source import ModelSource
 from tidepool.registry import ModelVersion, Registry
+from tidepool.serving.access import check_address
 from tidepool.serving.backend import Call, Frame
 from tidepool.serving.gateway import build_gateway
+from tidepool.serving.keys import KeyLog, KeyRing
 from tidepool.serving.plan import plan_serving
 from tidepool.serving.resolver import Resolver
 from tidepool.specs import EngineSpec, ServingSpec, parse_spec
@@ -25,7 +28,6 @@ from tidepool.telemetry import configure_logging
 
 _SHUTDOWN_TIMEOUT_S = 60
 _HEADROOM = 64
-_GATEWAY_REQUESTS = 10_000
 _LOOKUP_DEADLINE_S = 5.0
 _GATEWAY_CPUS = 0  # it waits for others nearly all the time; what it holds no run could have
 
@@ -39,7 +41,7 @@ def build(args: dict[str, Any]) -> serve.Application:
         serve.ingress()(Gateway),
         name="Gateway",
         ray_actor_options={"num_cpus": _GATEWAY_CPUS},
-        max_ongoing_requests=_GATEWAY_REQUESTS,
+        max_ongoing_requests=spec.gateway.max_requests + _HEADROOM,  # more than the gateway takes: it is the one that says that it is full
         graceful_shutdown_timeout_s=_SHUTDOWN_TIMEOUT_S,
     )
     return gateway.bind(spec, plan.models, replicas)
@@ -84,9 +86,11 @@ class Gateway:
 
     def __init__(self, spec: ServingSpec, deployed: Mapping[str, ModelVersion], replicas: Mapping[str, DeploymentHandle]) -> None:
         configure_logging()
-        registry = Registry(open_store(spec.store, deadline_s=_LOOKUP_DEADLINE_S))
-        resolver = Resolver(registry.resolve, deployed, replicas.keys(), spec.resolve_ttl_s)
-        self._app = build_gateway(resolver, ServeBackend(replicas))
+        check_address(_get_global_client().http_config.host, spec.gateway)
+        store = open_store(spec.store, deadline_s=_LOOKUP_DEADLINE_S)
+        resolver = Resolver(Registry(store).resolve, deployed, replicas.keys(), spec.resolve_ttl_s)
+        keys = KeyRing(KeyLog(store).read_after, spec.gateway.keys_max_age_s)
+        self._app = build_gateway(resolver, ServeBackend(replicas), spec.gateway, keys)
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app

@@ -1,10 +1,12 @@
 """What a client is told when a request fails: OpenAI's error object and its HTTP status. Pure, but for one line in the log.
 
 A person's mistake is answered with its message. What went wrong inside (a path, a store's address, a traceback) stays in the
-log, and the client is told when to come again.
+log, and the client is told when to come again. The message of an error that is not ours stays out of the log too: it may quote the
+prompt.
 """
 
 import logging
+import traceback
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +35,9 @@ class Problem:
 
     @property
     def headers(self) -> dict[str, str]:
-        """`Retry-After`, where it may help to come again."""
-        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        """`Retry-After`, where it may help to come again; what a 401 must say by HTTP (RFC 9110)."""
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        return headers | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
 class Refusal(Exception):
@@ -46,7 +49,7 @@ class Refusal(Exception):
 
 
 def problem_of(error: Exception) -> Problem:
-    """What to tell the client about an error; one that is not the client's is logged with its traceback."""
+    """What to tell the client about an error; one that is not the client's is logged with where it was raised."""
     match error:
         case Refusal():
             return error.problem
@@ -66,7 +69,7 @@ def problem_of(error: Exception) -> Problem:
             message = "The model cannot be used now: try again. If it stays so, the server's log says why."
             return Problem(503, message, "unavailable", retry_after_s=_UNAVAILABLE_RETRY_S)
         case _:
-            _logger.error("A request failed", exc_info=error)
+            _logger.error("A request failed: %s", _without_messages(error))
             return Problem(500, "The server failed on this request; its log says why.", "internal_error")
 
 
@@ -74,3 +77,10 @@ def _type(status: int) -> str:
     if status == 429:
         return "rate_limit_error"
     return "invalid_request_error" if status < 500 else "server_error"
+
+
+def _without_messages(error: BaseException) -> str:
+    """The kinds of an error and of its causes, and where each was raised."""
+    lines = [type(error).__name__, *traceback.format_tb(error.__traceback__)]
+    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return "\n".join([*(line.rstrip() for line in lines), *([f"caused by {_without_messages(cause)}"] if cause else [])])

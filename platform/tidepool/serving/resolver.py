@@ -63,10 +63,11 @@ class Resolver:
         version = known.version if known and self._clock() < known.expires_at else await self._ask(ref)
         return self._servable(ref, version)
 
-    async def models(self) -> dict[str, ModelVersion]:
-        """Every entry of the serving spec with the version that answers for it now."""
-        versions = await asyncio.gather(*(self.resolve(entry) for entry in self._entries))
-        return dict(zip(self._entries, versions, strict=True))
+    async def models(self, is_wanted: Callable[[str], bool] = lambda _: True) -> dict[str, ModelVersion]:
+        """Every entry of the serving spec that is wanted, with the version that answers for it now."""
+        entries = [entry for entry in self._entries if is_wanted(entry)]
+        versions = await asyncio.gather(*(self.resolve(entry) for entry in entries))
+        return dict(zip(entries, versions, strict=True))
 
     async def _ask(self, ref: str) -> ModelVersion:
         task = self._lookups.get(ref)
