@@ -8,13 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.inference.conftest import BASE, answer, collect, endless, engine_of, request, run, text_of, tokens_of
+from tests.inference.conftest import answer, collect, endless, engine_of, request, run, text_of, tokens_of
 from tests.inference.families import Reference
 from tidepool.errors import EngineBusyError, ModelError, RequestError
 from tidepool.inference.paged import PagedEngine
-from tidepool.specs import EngineSpec
 
 PROMPTS = [[40, 41, 42], [7] * 30, [100], list(range(60, 77)), [50, 3, 50, 3, 50], list(range(200, 160, -1))]
 
@@ -339,28 +337,3 @@ def test_the_event_loop_goes_on_while_the_model_computes(llama: Any, tokenizer: 
         await collect(stream)
 
     run(llama, tokenizer, scene)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}, "takes no .*position_ids"),
-        (
-            {
-                "model_type": "qwen3_next",
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_hidden_layers": 2,
-                "layer_types": ["linear_attention", "full_attention"],
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "num_experts": 0,
-            },
-            "full or sliding",
-        ),
-    ],
-)
-def test_a_model_that_is_not_attention_alone_is_refused(tokenizer: Any, config: dict[str, Any], message: str) -> None:
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, vocab_size=300))
-    with pytest.raises(ModelError, match=message):
-        PagedEngine(model, tokenizer, EngineSpec(max_sequence_length=64), lambda *_: pytest.fail(BASE.ref))

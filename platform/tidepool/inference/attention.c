@@ -125,3 +125,37 @@ DEFINE(attend_bfloat16, bfloat16, to_float_bf16, to_bf16)
 
 DEFINE_INT8(float32, float, same, same)
 DEFINE_INT8(bfloat16, bfloat16, to_float_bf16, to_bf16)
+
+/* x times the logistic function of x (silu, kind 0), or of gelu's tanh argument (kind 1), times the second half of the row. */
+static inline float gate(float x, int kind) {
+    float y = kind ? 1.5957691216f * (x + 0.044715f * x * x * x) : x;
+    float e = exp_negative(-fabsf(y));
+    return x * (y < 0 ? e : 1.0f) / (1.0f + e);
+}
+
+#define DEFINE_ROWS(SUFFIX, T, LOAD, STORE)                                                                                 \
+    void gate_##SUFFIX(const T *input, T *output, int64_t num_rows, int64_t size, int kind, int num_threads) {              \
+        _Pragma("omp parallel for num_threads(num_threads)") for (int64_t row = 0; row < num_rows; row++) {                 \
+            const T *first = input + row * 2 * size, *second = first + size;                                                \
+            for (int64_t i = 0; i < size; i++)                                                                              \
+                output[row * size + i] = STORE(LOAD(STORE(gate(LOAD(first[i]), kind))) * LOAD(second[i]));                  \
+        }                                                                                                                   \
+    }                                                                                                                       \
+    /* The root mean square norm. rounds_first: as Llama does, the normal values are rounded before they are weighed. */   \
+    void norm_##SUFFIX(const T *input, const float *weight, T *output, int64_t num_rows, int64_t size, float epsilon,       \
+                       int rounds_first, int num_threads) {                                                                 \
+        _Pragma("omp parallel for num_threads(num_threads)") for (int64_t row = 0; row < num_rows; row++) {                 \
+            const T *from = input + row * size;                                                                             \
+            float sum = 0;                                                                                                  \
+            for (int64_t i = 0; i < size; i++) sum += LOAD(from[i]) * LOAD(from[i]);                                        \
+            float factor = 1.0f / sqrtf(sum / size + epsilon);                                                              \
+            if (rounds_first)                                                                                               \
+                for (int64_t i = 0; i < size; i++)                                                                          \
+                    output[row * size + i] = STORE(LOAD(STORE(LOAD(from[i]) * factor)) * weight[i]);                        \
+            else                                                                                                            \
+                for (int64_t i = 0; i < size; i++) output[row * size + i] = STORE(LOAD(from[i]) * factor * weight[i]);      \
+        }                                                                                                                   \
+    }
+
+DEFINE_ROWS(float32, float, same, same)
+DEFINE_ROWS(bfloat16, bfloat16, to_float_bf16, to_bf16)

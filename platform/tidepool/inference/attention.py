@@ -192,7 +192,9 @@ def check_attention(model: PreTrainedModel) -> list[LayerShape]:
     kind = model.config.model_type
 
     def look(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **named: Any) -> tuple[Tensor, None]:
-        unknown = sorted(name for name, given in named.items() if name not in _KNOWN | _HARMLESS and given not in (None, False))
+        unknown = sorted(
+            name for name, given in named.items() if name not in _KNOWN | _HARMLESS and given is not None and given is not False
+        )
         if mask is not None or not getattr(module, "is_causal", True):
             unknown.append("an attention mask of its own")
         if unknown:

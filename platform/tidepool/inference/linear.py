@@ -42,12 +42,12 @@ def swap_linear_layers(model: PreTrainedModel, weights: Weights) -> None:
             parts = [getattr(module, name, None) for name in names]
             if all(type(part) is nn.Linear for part in parts):
                 layers = cast(list[nn.Linear], parts)
-                product = _Product(_pack(_joined(layers), weights, is_cpu), [layer.out_features for layer in layers])
+                product = Product(_pack(_joined(layers), weights, is_cpu), [layer.out_features for layer in layers])
                 for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
-                    setattr(module, name, _Part(layer, product, index))
+                    setattr(module, name, Part(layer, product, index))
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and not isinstance(module, _Part):
+            if type(child) is nn.Linear and not isinstance(module, Part):
                 setattr(module, name, _pack(child, weights, is_cpu))
             elif isinstance(child, Conv1D) and weights == "int8":
                 setattr(module, name, _pack(_from_conv1d(child), weights, is_cpu))
@@ -63,24 +63,33 @@ class _Layer(nn.Linear):
         self.register_parameter("bias", None)
 
 
-class _Part(_Layer):
+class Part(_Layer):
     """Part of a product of several layers."""
 
-    def __init__(self, layer: nn.Linear, product: "_Product", index: int) -> None:
+    def __init__(self, layer: nn.Linear, product: "Product", index: int) -> None:
         super().__init__(layer.out_features, layer.in_features, layer.weight)
         self._product, self._index = [product], index  # in a list, since it is no part of this one's state
+
+    @property
+    def product(self) -> "Product":
+        return self._product[0]
 
     def forward(self, input: Tensor) -> Tensor:
         return self._product[0].part(input, self._index)
 
 
-class _Product:
+class Product:
     """Computes the layers at once when the first is asked for, and hands out the others for the same input."""
 
     def __init__(self, layer: nn.Module, sizes: list[int]) -> None:
         self._layer, self._sizes = layer, sizes
         self._input: Tensor | None = None
         self._parts: list[Tensor | None] = []
+
+    def whole(self, input: Tensor) -> Tensor:
+        """All parts, one after the other."""
+        output: Tensor = self._layer(input)
+        return output
 
     def part(self, input: Tensor, index: int) -> Tensor:
         if self._input is not input or self._parts[index] is None:

@@ -30,6 +30,8 @@ _ARGUMENTS = {
     "attend": [_POINTER, _LONG, _LONG, *[_POINTER] * 5, *[_INT] * 7, ctypes.c_float, _INT, _INT],
     "quantize": [*[_POINTER] * 3, _LONG, _LONG, _INT],
     "dequantize": [*[_POINTER] * 5, _LONG, _LONG, _INT],
+    "gate": [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT],
+    "norm": [*[_POINTER] * 3, _LONG, _LONG, ctypes.c_float, _INT, _INT],
 }
 
 
@@ -78,6 +80,26 @@ def dequantize(sums_TN: Tensor, scale_T: Tensor, scale_N: Tensor, bias_N: Tensor
     output_TN = torch.empty(sums_TN.shape, dtype=dtype)
     pointers = [one.data_ptr() for one in (sums_TN, scale_T, scale_N, bias_N, output_TN)]
     getattr(loaded, f"dequantize_{_SUFFIXES[dtype]}")(*pointers, *sums_TN.shape, torch.get_num_threads())
+    return output_TN
+
+
+def gate(input_TN: Tensor, kind: int) -> Tensor:
+    """The first half of each row through `silu` (kind 0) or `gelu_pytorch_tanh` (kind 1), times the second half. Needs `library()`."""
+    size = input_TN.shape[-1] // 2
+    output_TN = torch.empty(*input_TN.shape[:-1], size, dtype=input_TN.dtype)
+    function = getattr(library(), f"gate_{_SUFFIXES[input_TN.dtype]}")
+    function(input_TN.data_ptr(), output_TN.data_ptr(), input_TN.numel() // (2 * size), size, kind, torch.get_num_threads())
+    return output_TN
+
+
+def norm(input_TN: Tensor, weight_N: Tensor, epsilon: float, rounds_first: bool) -> Tensor:
+    """The root mean square norm of the last dimension, with float32 weights. Needs `library()`."""
+    input_TN = input_TN.contiguous()
+    size = input_TN.shape[-1]
+    output_TN = torch.empty_like(input_TN)
+    function = getattr(library(), f"norm_{_SUFFIXES[input_TN.dtype]}")
+    pointers = input_TN.data_ptr(), weight_N.data_ptr(), output_TN.data_ptr()
+    function(*pointers, input_TN.numel() // size, size, epsilon, rounds_first, torch.get_num_threads())
     return output_TN
 
 

@@ -27,6 +27,7 @@ from tidepool.errors import EngineBusyError, RequestError
 from tidepool.inference.answer import Answer, find_end_tokens
 from tidepool.inference.blocks import Blocks
 from tidepool.inference.engine import EngineStats, FinishReason, GenerationRequest, Output
+from tidepool.inference.fused import fuse
 from tidepool.inference.grammar import CompiledGrammar, Grammars
 from tidepool.inference.limits import BLOCK_SIZE, context_length, num_blocks
 from tidepool.inference.linear import swap_linear_layers
@@ -72,8 +73,9 @@ class PagedEngine:
         self._num_tokens = int(model.get_input_embeddings().weight.shape[0])
         self._end_tokens = find_end_tokens(model, tokenizer)
         self._grammars = Grammars(tokenizer, self._end_tokens, self._num_tokens)
-        swap_linear_layers(model, spec.weights)
         self._runner = ModelRunner(model, attach, BLOCK_SIZE)
+        swap_linear_layers(model, spec.weights)
+        fuse(model)
         self._blocks = Blocks(num_blocks(spec, self.context_length, self._runner.block_size_bytes, model.device), BLOCK_SIZE)
         self._runner.allocate(self._blocks.num_blocks)
         self._scheduler = Scheduler(self._blocks, spec.max_batch_size, max(spec.max_step_tokens, spec.max_batch_size))
