@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 
 from tests.inference.conftest import answer, request, run, tokens_of
 from tests.inference.families import FAMILIES, Reference
+from tidepool.errors import ModelError
+from tidepool.inference import native
 from tidepool.inference.engine import EngineStats, GenerationRequest
 from tidepool.inference.limits import BLOCK_SIZE
+from tidepool.inference.linear import weights_dtype
 from tidepool.inference.paged import PagedEngine
 from tidepool.models import build_model
 
@@ -36,7 +40,7 @@ def cache_gb(model: Any, num_blocks: int) -> float:
     config = model.config.get_text_config()
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return num_blocks * BLOCK_SIZE * 2 * num_groups * head_size * config.num_hidden_layers * 4 / 1e9 * 1.0001
+    return num_blocks * BLOCK_SIZE * 2 * num_groups * head_size * config.num_hidden_layers * model.dtype.itemsize / 1e9 * 1.0001
 
 
 async def all_at_once(engine: PagedEngine, asked: list[GenerationRequest]) -> list[tuple[int, ...]]:
@@ -80,6 +84,30 @@ def test_seeded_answers_do_not_depend_on_company(family: Any, tokenizer: Any) ->
         assert engine.stats().num_preemptions > 0
 
     run(family, tokenizer, play, cache_gb=cache_gb(family, NUM_BLOCKS), max_sequence_length=110, **_ROOM)
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_batch_invariant_answers_have_the_same_bits_in_any_company(family: Any, tokenizer: Any, weights: Any) -> None:
+    asked = [
+        request(prompt, length, f"r{index}", None, 0.8 * (index % 2), seed=index, logprobs=0)
+        for index, (prompt, length) in enumerate(traffic(random.Random(5)))
+    ]
+
+    async def logprobs(engine: PagedEngine, one: GenerationRequest) -> list[float]:
+        return [output.logprobs[0].logprob async for output in engine.submit(one)]
+
+    async def play(engine: PagedEngine) -> None:
+        alone = [await logprobs(engine, one) for one in asked]
+        assert await asyncio.gather(*(logprobs(engine, one) for one in asked)) == alone
+        assert engine.stats().num_preemptions > 0
+        assert engine.stats().num_chunks > 0
+        with pytest.raises(ModelError, match="batch_invariant is for a base without adapters"):
+            await engine.load_adapter("ad" * 32, Path())
+
+    model = family.to(weights_dtype(weights, "cpu"))
+    limits = {"cache_gb": cache_gb(model, NUM_BLOCKS), "max_sequence_length": 110, "weights": weights, "batch_invariant": True}
+    run(model, tokenizer, play, **limits, **_ROOM)
 
 
 def test_torch_and_c_attend_alike(family: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

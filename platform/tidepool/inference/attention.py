@@ -101,6 +101,23 @@ class Ragged:
         return self._gathered[window]
 
 
+def pack_alone(chunks: Items[Chunk], cache: Cache) -> Ragged:
+    """Put the chunks into one row, of which each token attends by itself as if it were decoded: the same bits however prompts are cut."""
+    size = cache.block_size
+    of_tokens = [(chunk, position) for chunk in chunks for position in range(chunk.start, chunk.end)]
+    num_columns = max(-(-chunk.end // size) for chunk in chunks)
+    table = [chunk.blocks[:num_columns] + [0] * (num_columns - len(chunk.blocks)) for chunk, _ in of_tokens]
+    return Ragged(
+        cache,
+        torch.tensor([[chunk.sequence.tokens[position] for chunk, position in of_tokens]]),
+        torch.tensor([[position for _, position in of_tokens]]),
+        torch.tensor([chunk.blocks[position // size] * size + position % size for chunk, position in of_tokens]),
+        torch.tensor([position + 1 for _, position in of_tokens], dtype=torch.int32),
+        torch.tensor(table, dtype=torch.int32),
+        [],
+    )
+
+
 def pack(chunks: Items[Chunk], cache: Cache, device: torch.device) -> Ragged:
     """Put the chunks into one row, in their order: first those of one token, then the longer ones."""
     size = cache.block_size

@@ -14,6 +14,7 @@ from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -34,23 +35,32 @@ def weights_dtype(weights: Weights, device: str) -> torch.dtype:
     return torch.bfloat16 if weights == "bf16" else torch.float32
 
 
-def swap_linear_layers(model: PreTrainedModel, weights: Weights) -> None:
-    """Swap the layers of a model in place; adapters may be attached afterwards."""
+def swap_linear_layers(model: PreTrainedModel, weights: Weights, batch_invariant: bool = False) -> None:
+    """Swap the layers of a model in place; adapters may be attached afterwards.
+
+    With `batch_invariant` each product has the same number of rows, filled up with zeros: what decides the order of a row's additions
+    is the shape. That holds for the model's own layers, not for an adapter's.
+    """
     is_cpu = model.device.type == "cpu"
+
+    def pack(layer: nn.Linear) -> nn.Linear:
+        packed = _pack(layer, weights, is_cpu)
+        return _Slabs(packed) if batch_invariant and not isinstance(packed, _Int8) else packed
+
     for module in list(model.modules()):
         for names in _SIBLINGS:
             parts = [getattr(module, name, None) for name in names]
             if all(type(part) is nn.Linear for part in parts):
                 layers = cast(list[nn.Linear], parts)
-                product = Product(_pack(_joined(layers), weights, is_cpu), [layer.out_features for layer in layers])
+                product = Product(pack(_joined(layers)), [layer.out_features for layer in layers])
                 for index, (name, layer) in enumerate(zip(names, layers, strict=True)):
                     setattr(module, name, Part(layer, product, index))
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear and not isinstance(module, Part):
-                setattr(module, name, _pack(child, weights, is_cpu))
-            elif isinstance(child, Conv1D) and weights == "int8":
-                setattr(module, name, _pack(_from_conv1d(child), weights, is_cpu))
+                setattr(module, name, pack(child))
+            elif isinstance(child, Conv1D) and (weights == "int8" or batch_invariant):
+                setattr(module, name, pack(_from_conv1d(child)))
 
 
 class _Layer(nn.Linear):
@@ -112,6 +122,20 @@ class _Packed(_Layer):
     def forward(self, input: Tensor) -> Tensor:
         output: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._packed, self._bias, "none", [], "")
         return output
+
+
+class _Slabs(_Layer):
+    """Another layer, which only ever sees so many rows at a time."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.out_features, layer.in_features, layer.weight)
+        self._layer = layer
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows_TK = input.flatten(0, -2)
+        slabs = pad(rows_TK, (0, 0, 0, -len(rows_TK) % _TYPICAL_ROWS)).split(_TYPICAL_ROWS)
+        output_TN = torch.cat([self._layer(slab) for slab in slabs])
+        return output_TN[: len(rows_TK)].unflatten(0, input.shape[:-1])
 
 
 class _Int8(_Layer):

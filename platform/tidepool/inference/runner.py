@@ -18,7 +18,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tidepool.errors import ModelError
-from tidepool.inference.attention import Cache, check_attention, pack
+from tidepool.inference import native
+from tidepool.inference.attention import Cache, check_attention, pack, pack_alone
 from tidepool.inference.log_probabilities import TokenLogprobs, prompt_logprobs
 from tidepool.inference.sampler import Sampler
 from tidepool.inference.scheduler import Chunk
@@ -47,8 +48,11 @@ class Computed:
 class ModelRunner:
     """A base model, its adapters, and the cache. Raises `ModelError` for a model that it cannot run."""
 
-    def __init__(self, model: PreTrainedModel, attach: Attach, block_size: int) -> None:
+    def __init__(self, model: PreTrainedModel, attach: Attach, block_size: int, batch_invariant: bool = False) -> None:
         _check(model)
+        if batch_invariant and (model.device.type != "cpu" or native.library() is None):
+            raise ModelError("engine.batch_invariant needs a CPU and a C compiler: install one, or leave it out.")
+        self._batch_invariant = batch_invariant
         self._base = model
         self._shapes = check_attention(model)
         self._block_size = block_size
@@ -83,6 +87,8 @@ class ModelRunner:
 
     def attach(self, digest: str, folder: Path) -> None:
         """Load an adapter. Raises `ModelError`, and then the model is as it was."""
+        if self._batch_invariant:
+            raise ModelError("engine.batch_invariant is for a base without adapters: serve this one without it.")
         model = self._base if self._adapted is None else self._adapted
         try:
             self._adapted = self._attach(model, folder, digest)
@@ -108,7 +114,7 @@ class ModelRunner:
     def _compute(self, chunks: list[Chunk]) -> list[Computed]:
         """One forward pass over chunks of the same adapter, those of one token first, and the tokens that follow from it."""
         assert self._cache is not None
-        ragged = pack(chunks, self._cache, self._base.device)
+        ragged = pack_alone(chunks, self._cache) if self._batch_invariant else pack(chunks, self._cache, self._base.device)
         rows, spans = _wanted(chunks)
         logits_NV = self._base(
             input_ids=ragged.tokens_1T,
