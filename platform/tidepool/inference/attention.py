@@ -186,7 +186,7 @@ def _decode(query_DHK: Tensor, keys: Tensor, values: Tensor, paged: Ragged, scal
     places, seen_D11L = paged.decoding(window)
     num, num_heads, size = query_DHK.shape
     groups = keys.shape[1]
-    key, value = (one[places].unflatten(0, (num, -1)).transpose(1, 2) for one in (keys, values))
+    key, value = (one[places].view(num, -1, *one.shape[1:]).transpose(1, 2) for one in (keys, values))
     # The queries of the heads that share a key stand as rows of one product.
     query = query_DHK.reshape(num, groups, num_heads // groups, size)
     return scaled_dot_product_attention(query, key, value, attn_mask=seen_D11L, scale=scale).flatten(1, 2)

@@ -1,5 +1,7 @@
 """How long a text and how large a cache can be, for a model, a spec and the machine."""
 
+from typing import Any
+
 import psutil
 import torch
 from transformers import PreTrainedModel
@@ -50,6 +52,6 @@ def num_blocks(spec: EngineSpec, length: int, block_size_bytes: int, device: tor
     return min(possible, per_sequence * spec.max_batch_size)
 
 
-def _ropes(parameters: dict[str, object]) -> list[dict[str, object]]:
+def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
     """One set of rotary parameters, or one for each kind of layer."""
     return [one for one in parameters.values() if isinstance(one, dict)] or [parameters]

@@ -133,9 +133,9 @@ class _Slabs(_Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         rows_TK = input.flatten(0, -2)
-        slabs = pad(rows_TK, (0, 0, 0, -len(rows_TK) % _TYPICAL_ROWS)).split(_TYPICAL_ROWS)
+        slabs = torch.split(pad(rows_TK, (0, 0, 0, -len(rows_TK) % _TYPICAL_ROWS)), _TYPICAL_ROWS)
         output_TN = torch.cat([self._layer(slab) for slab in slabs])
-        return output_TN[: len(rows_TK)].unflatten(0, input.shape[:-1])
+        return output_TN[: len(rows_TK)].view(*input.shape[:-1], -1)
 
 
 class _Int8(_Layer):
@@ -151,7 +151,7 @@ class _Int8(_Layer):
     def forward(self, input: Tensor) -> Tensor:
         numbers_TK, scale_T = native.quantize(input.flatten(0, -2))
         sums_TN = torch._int_mm(numbers_TK, self._weight_KN)
-        return native.dequantize(sums_TN, scale_T, self._scale_N, self._bias_N, input.dtype).unflatten(0, input.shape[:-1])
+        return native.dequantize(sums_TN, scale_T, self._scale_N, self._bias_N, input.dtype).view(*input.shape[:-1], -1)
 
 
 def _pack(layer: nn.Linear, weights: Weights, is_cpu: bool) -> nn.Linear:

@@ -21,7 +21,7 @@ from tidepool.errors import ModelError
 from tidepool.inference import native
 from tidepool.inference.attention import Cache, check_attention, pack, pack_alone
 from tidepool.inference.log_probabilities import TokenLogprobs, prompt_logprobs
-from tidepool.inference.sampler import Sampler
+from tidepool.inference.sampler import Sampler, SamplingState
 from tidepool.inference.scheduler import Chunk
 
 _INPUTS = {"position_ids", "logits_to_keep"}
@@ -65,7 +65,8 @@ class ModelRunner:
     @property
     def block_size_bytes(self) -> int:
         """What a block takes of memory, in all layers."""
-        return self._block_size * sum(one.num_floats for one in self._shapes) * self._base.dtype.itemsize
+        itemsize: int = self._base.dtype.itemsize
+        return self._block_size * sum(one.num_floats for one in self._shapes) * itemsize
 
     def allocate(self, num_blocks: int) -> None:
         """Make the cache; its memory is taken as it is used."""
@@ -128,7 +129,7 @@ class ModelRunner:
         sampled = None
         if answering:
             logits_BV = logits_NV if len(rows) == len(answering) else logits_NV[_last_rows(chunks, spans)]
-            sampled = self._sampler.sample(logits_BV, [chunks[index].sequence.sampling for index in answering])
+            sampled = self._sampler.sample(logits_BV, [_sampling(chunks[index]) for index in answering])
         row_of = {index: row for row, index in enumerate(answering)}
         results = []
         for index, chunk in enumerate(chunks):
@@ -155,6 +156,11 @@ class ModelRunner:
     def _disable(self) -> None:
         if self._adapted is not None:
             self._adapted.base_model.disable_adapter_layers()
+
+
+def _sampling(chunk: Chunk) -> SamplingState:
+    assert chunk.sequence.sampling is not None
+    return chunk.sequence.sampling
 
 
 def _wanted(chunks: list[Chunk]) -> tuple[list[int], dict[int, tuple[int, int]]]:

@@ -20,9 +20,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tidepool.errors import BaseMismatchError, ModelError, RegistryError, RequestError
-from tidepool.inference.engine import Engine, GenerationRequest, SamplingParameters
+from tidepool.inference.engine import Engine, GenerationRequest
 from tidepool.inference.linear import weights_dtype
 from tidepool.inference.paged import PagedEngine
+from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.models import ModelSource, attach_adapter, cache_folder, fetch_model, load_model, load_tokenizer
 from tidepool.registry import ModelVersion, Registry
 from tidepool.serving.backend import Call, ContextLengthError, Frame, Message, Prompt, Started
