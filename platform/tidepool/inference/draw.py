@@ -4,15 +4,17 @@ Invariants: a random number is a function of (seed, answer, index of the token) 
 and its random number alone, with the same bits in any batch. A token of weight 0 is never drawn.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import threshold_
 
 BLOCK = 128
 """Weights are added up in blocks of this many, in float32, and blocks in float64."""
 
-_LOWEST = -80.0  # e to the power of less is as good as 0, and soon a denormal number, with which processors are very slow
+_LOWEST = -80.0  # of the logarithms of weights: far below, numbers are denormal, and exp and sums twenty times slower
+NOTHING = math.exp(_LOWEST + 1)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _Words = np.ndarray  # of uint64, whose arithmetic is modulo 2**64
 
@@ -23,9 +25,12 @@ def stream_key(seed: int, answer: int) -> int:
 
 
 def uniforms(keys_B: _Words, indices_B: _Words) -> np.ndarray:
-    """Numbers from 0 to below 1 (float64, 53 bits): the index-th ones of the SplitMix64 generators (Steele et al. 2014) of these keys."""
+    """Numbers between 0 and 1 (float64, from 2**-53 to 1 - 2**-53).
+
+    They are the index-th ones of the SplitMix64 generators (Steele et al. 2014) of these keys.
+    """
     words_B = _mix(keys_B + (indices_B + np.uint64(1)) * _GOLDEN)
-    return (words_B >> np.uint64(11)) * 2.0**-53
+    return ((words_B >> np.uint64(12)) + 0.5) * 2.0**-52
 
 
 def _mix(words: _Words) -> _Words:
@@ -36,10 +41,10 @@ def _mix(words: _Words) -> _Words:
 
 def weigh(logits_BV: Tensor, temperature_B1: Tensor, weights_BV: Tensor) -> None:
     """Write probabilities (float32) times whatever makes the highest of a row 1; no number where a row has no highest logit."""
-    weights_BV.copy_(logits_BV)
+    logits_BV = logits_BV.float()
     # The highest becomes 0 first, so that no temperature makes a logit infinite.
-    weights_BV.sub_(weights_BV.amax(dim=1, keepdim=True)).div_(temperature_B1)
-    threshold_(weights_BV, _LOWEST, -torch.inf).exp_()
+    torch.sub(logits_BV, logits_BV.amax(dim=1, keepdim=True), out=weights_BV)
+    weights_BV.div_(temperature_B1).clamp_(min=_LOWEST).exp_()
 
 
 def block_edges(weights_BN: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ _MANY_REPETITIONS = re.compile(r"\{(\d*,)?\d{5,}")  # a single step of these tak
 _MAX_CACHED = 64
 _TRIAL_TIMEOUT_S = 5.0
 _TRIAL_MEMORY_BYTES = 2 * 1024**3
-_JSON_OPTIONS: dict[str, Any] = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": r"[ \t\n\r]{0,16}"}
+_JSON_OPTIONS: Any = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": r"[ \t\n\r]{0,16}"}
 _TRIAL = """
 import resource, sys
 from llguidance import LLMatcher, LLTokenizer

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tidepool.inference.draw import NOTHING
+
 _NUM_FIRST = 1024  # likeliest tokens among which a GPU looks before it sorts whole rows
 _NUM_PARTS = 32
 _LOW, _ONES = np.uint64(32), np.uint64(2**32 - 1)
@@ -51,7 +53,7 @@ def _draw_row(weights_V: np.ndarray, cuts: Truncation, uniform: float) -> int:
         return -1
     # Few tokens have to be sorted: none below min_p or the bound of top_k is kept, and none below that of top_p, since all of those
     # together weigh less than what top_p leaves out.
-    bound = max(cuts.min_p, float(np.finfo(np.float32).tiny))
+    bound = max(cuts.min_p, NOTHING)
     if top_k < size:
         bound = max(bound, lower_bound(weights_V, top_k))
     elif top_k == size and cuts.min_p == 0:
