@@ -10,7 +10,9 @@ Invariants:
   since nothing can interrupt it in a thread; each step has a budget, beyond which that answer alone fails.
 - The state of an answer is a function of its tokens.
 
-JSON may have up to 16 characters of white space wherever it may have any: without a bound a weak model writes nothing else.
+JSON has its properties in the schema's order, escapes only where it must, and at most 16 characters of white space in one place:
+without a bound a weak model writes nothing else. Regular expressions are Rust's, for the whole answer; \\d, \\w and \\s are ASCII, as in
+JSON Schema.
 """
 
 import asyncio
@@ -123,10 +125,9 @@ class Grammars:
         for pattern in _patterns(_parse(text)) if kind == "json_schema" else [text]:
             if _MANY_REPETITIONS.search(pattern):
                 raise RequestError(f"The {kind} repeats something 10,000 times or more: repeat it less often, or without a bound.")
-        make = llguidance.LLMatcher
-        grammar = make.grammar_from_json_schema(text, overrides=_JSON_OPTIONS) if kind == "json_schema" else make.grammar_from_regex(text)
+        grammar = _grammar(kind, text)
         _try(kind, grammar)
-        matcher = make(self._load_tokens(), grammar, log_level=0, limits=self._limits)
+        matcher = llguidance.LLMatcher(self._load_tokens(), grammar, log_level=0, limits=self._limits)
         first = matcher.deep_copy()
         first.compute_bitmask()
         if first.is_error():  # of the budget for a step, or of a schema that nothing fulfils
@@ -168,6 +169,15 @@ def _patterns(schema: Any) -> Iterator[str]:
             waiting += node.values()
         elif isinstance(node, list):
             waiting += node
+
+
+def _grammar(kind: str, text: str) -> str:
+    if kind == "regex":
+        return llguidance.LLMatcher.grammar_from_regex(llguidance.regex_to_lark(text, use_ascii="dws"))
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
+    except ValueError as error:
+        raise RequestError(f"The {kind} cannot be followed: {_reason(str(error))}.") from error
 
 
 def _try(kind: str, grammar: str) -> None:

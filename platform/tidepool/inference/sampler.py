@@ -78,6 +78,7 @@ class Sampler:
         self._plan: _Plan | None = None
         self._weights = torch.empty(0, 0)
 
+    @torch.inference_mode()
     def sample(self, logits_BV: Tensor, states: list[SamplingState], ahead: Sequence[int] | None = None) -> Sampled:
         """Choose the next token of each row, of logits in any float dtype on any device, which may be overwritten.
 
