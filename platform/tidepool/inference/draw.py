@@ -30,7 +30,8 @@ def uniforms(keys_B: _Words, indices_B: _Words) -> np.ndarray:
     They are the index-th ones of the SplitMix64 generators (Steele et al. 2014) of these keys.
     """
     words_B = _mix(keys_B + (indices_B + np.uint64(1)) * _GOLDEN)
-    return ((words_B >> np.uint64(12)) + 0.5) * 2.0**-52
+    numbers_B: np.ndarray = ((words_B >> np.uint64(12)) + 0.5) * 2.0**-52
+    return numbers_B
 
 
 def _mix(words: _Words) -> _Words:

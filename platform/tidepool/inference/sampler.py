@@ -106,15 +106,16 @@ class Sampler:
         return self._plan
 
     def _draw(self, logits_DV: Tensor, plan: "_Plan", indices_D: np.ndarray) -> tuple[list[int], list[bool]]:
-        weights_DN = self._buffer(*logits_DV.shape, logits_DV.device)
-        weigh(logits_DV, plan.temperature_D1, weights_DN[:, : logits_DV.shape[1]])
+        num_rows, num_tokens = logits_DV.shape
+        weights_DN = self._buffer(num_rows, num_tokens, logits_DV.device)
+        weigh(logits_DV, plan.temperature_D1, weights_DN[:, :num_tokens])
         uniforms_D = uniforms(plan.keys_D, indices_D)
         tokens, is_valid = [0] * len(uniforms_D), [True] * len(uniforms_D)
         if plan.whole:
             found = draw(_rows(weights_DN, plan.whole), uniforms_D[plan.whole])
             _scatter(plan.whole, found, tokens, is_valid)
         if plan.cut:
-            weights_RV = _rows(weights_DN, plan.cut)[:, : logits_DV.shape[1]]
+            weights_RV = _rows(weights_DN, plan.cut)[:, :num_tokens]
             _scatter(plan.cut, draw_truncated(weights_RV, plan.cuts, uniforms_D[plan.cut]), tokens, is_valid)
         return tokens, is_valid
 
