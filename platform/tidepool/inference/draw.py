@@ -8,6 +8,7 @@ import math
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 BLOCK = 128
@@ -16,7 +17,7 @@ BLOCK = 128
 _LOWEST = -80.0  # of the logarithms of weights: far below, numbers are denormal, and exp and sums twenty times slower
 NOTHING = math.exp(_LOWEST + 1)
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_Words = np.ndarray  # of uint64, whose arithmetic is modulo 2**64
+_Words = NDArray[np.uint64]  # their arithmetic is modulo 2**64
 
 
 def stream_key(seed: int, answer: int) -> int:
@@ -24,14 +25,13 @@ def stream_key(seed: int, answer: int) -> int:
     return int(_mix(_mix(np.array([seed % 2**64], np.uint64)) + np.array([answer], np.uint64) * _GOLDEN)[0])
 
 
-def uniforms(keys_B: _Words, indices_B: _Words) -> np.ndarray:
+def uniforms(keys_B: _Words, indices_B: _Words) -> NDArray[np.floating]:
     """Numbers between 0 and 1 (float64, from 2**-53 to 1 - 2**-53).
 
     They are the index-th ones of the SplitMix64 generators (Steele et al. 2014) of these keys.
     """
     words_B = _mix(keys_B + (indices_B + np.uint64(1)) * _GOLDEN)
-    numbers_B: np.ndarray = ((words_B >> np.uint64(12)) + 0.5) * 2.0**-52
-    return numbers_B
+    return ((words_B >> np.uint64(12)) + 0.5) * 2.0**-52
 
 
 def _mix(words: _Words) -> _Words:

@@ -19,7 +19,7 @@ from tidepool.inference.draw import NOTHING
 
 _NUM_FIRST = 1024  # likeliest tokens among which a GPU looks before it sorts whole rows
 _NUM_PARTS = 32
-_LOW, _ONES = np.uint64(32), np.uint64(2**32 - 1)
+_ONES = 2**32 - 1
 
 
 @dataclass(frozen=True)
@@ -48,23 +48,28 @@ def _draw_row(weights_V: np.ndarray, cuts: Truncation, uniform: float) -> int:
     """A token, or -1 if some weight is no number."""
     size = len(weights_V)
     top_k = min(cuts.top_k or size, size)
-    total = weights_V.sum(dtype=np.float64)
-    if not np.isfinite(total):
-        return -1
     # Few tokens have to be sorted: none below min_p or the bound of top_k is kept, and none below that of top_p, since all of those
     # together weigh less than what top_p leaves out.
-    bound = max(cuts.min_p, NOTHING)
+    bound, left = max(cuts.min_p, NOTHING), None
     if top_k < size:
         bound = max(bound, lower_bound(weights_V, top_k))
-    elif top_k == size and cuts.min_p == 0:
-        bound = max(bound, total * (1 - cuts.top_p) / size)
-    tokens = np.flatnonzero(weights_V >= np.float32(bound))
-    weights, tokens = _in_order(weights_V[tokens], tokens)
-    sums = np.cumsum(weights[:top_k], dtype=np.float64)
+    elif cuts.top_p < 1 and cuts.min_p == 0:
+        left = weights_V.sum(dtype=np.float64)
+        bound = max(bound, left * (1 - cuts.top_p) / size)
+    tokens = (weights_V >= np.float32(bound)).nonzero()[0]
+    if not len(tokens):
+        return -1
+    # Sorted by one integer each: the bits of a float that is not negative have its order, and the lower token is to come first.
+    keys = np.empty(len(tokens), np.uint64)
+    halves, highest = keys.view(np.uint32), keys.view(np.float32)[1::2]
+    highest[:] = weights_V[tokens]
+    halves[::2] = _ONES - tokens
+    keys.sort()
+    sums = highest[::-1][:top_k].cumsum(dtype=np.float64)
     if cuts.top_p < 1:
-        left = total if top_k == size and cuts.min_p == 0 else sums[-1]
-        sums = sums[: np.searchsorted(sums, cuts.top_p * left) + 1]
-    return int(tokens[np.searchsorted(sums, uniform * sums[-1], side="right")])
+        sums = sums[: sums.searchsorted(cuts.top_p * (sums[-1] if left is None else left)) + 1]
+    place = sums.searchsorted(uniform * sums[-1], side="right")
+    return _ONES - int(halves[-2::-2][place])
 
 
 def lower_bound(values_V: np.ndarray, num: int) -> float:
@@ -74,13 +79,6 @@ def lower_bound(values_V: np.ndarray, num: int) -> float:
         return float(np.partition(values_V, -num)[-num])
     highest = values_V[: width * _NUM_PARTS].reshape(_NUM_PARTS, width).max(axis=0)
     return float(np.partition(highest, -num)[-num])
-
-
-def _in_order(weights: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Sorted by one integer each: floats that are not negative have the order of their bits."""
-    keys = (weights.view(np.uint32).astype(np.uint64) << _LOW) | (_ONES - tokens.astype(np.uint64))
-    keys = np.sort(keys)[::-1]
-    return (keys >> _LOW).astype(np.uint32).view(np.float32), (_ONES - (keys & _ONES)).astype(np.int64)
 
 
 def draw_truncated_rows(weights_RV: Tensor, cuts: list[Truncation], uniforms_R1: Tensor) -> tuple[list[int], list[bool]]:
