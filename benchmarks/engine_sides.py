@@ -86,12 +86,10 @@ def generate(folder: str, weights: str) -> Answer:
 
 def continuous(folder: str, weights: str) -> Answer:
     """Transformers' continuous batching."""
-    import torch
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     model = _transformers(folder, weights)
 
-    @torch.inference_mode()
     def answer(prompts: Prompts, num_tokens: int) -> int:
         config = GenerationConfig(max_new_tokens=num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0, use_cuda_graph=False)
         limits = ContinuousBatchingConfig(max_batch_tokens=512, num_blocks=2048)

@@ -44,63 +44,79 @@ static inline float exp_negative(float x) {
     return x < -87.0f ? 0.0f : p * scale;
 }
 
-#define DEFINE(NAME, T, LOAD, STORE)                                                                                        \
-    int NAME(const T *queries, int64_t query_row, int64_t query_head, const T *keys, const T *values, const int32_t *table, \
-             const int32_t *lengths, T *output, int num_rows, int num_columns, int num_heads, int num_groups, int key_size, \
-             int value_size, int block_size, float scale, int window, int num_threads) {                                    \
+/* One sequence and one group of heads. Sizes that are constants where it is inlined make the inner loops whole vectors. */
+#define DEFINE(SUFFIX, T, LOAD, STORE)                                                                                      \
+    static inline __attribute__((always_inline)) void attend_one_##SUFFIX(                                                  \
+        const T *queries, int64_t query_head, const T *keys, const T *values, const int32_t *blocks, int first, int length, \
+        T *output, int shared, int64_t key_stride, int64_t value_stride, int key_size, int value_size, int block_size,      \
+        float scale, float *query, float *sums, float *row, float *scores, int longest) {                                   \
+        for (int head = 0; head < shared; head++)                                                                           \
+            for (int i = 0; i < key_size; i++) query[head * key_size + i] = LOAD(queries[head * query_head + i]) * scale;   \
+        for (int t = first; t < length; t++) {                                                                              \
+            const T *key = keys + ((int64_t)blocks[t / block_size] * block_size + t % block_size) * key_stride;             \
+            for (int i = 0; i < key_size; i++) row[i] = LOAD(key[i]);                                                       \
+            for (int head = 0; head < shared; head++) {                                                                     \
+                float sum = 0;                                                                                              \
+                for (int i = 0; i < key_size; i++) sum += query[head * key_size + i] * row[i];                              \
+                scores[(size_t)head * longest + t] = sum;                                                                   \
+            }                                                                                                               \
+        }                                                                                                                   \
+        for (int head = 0; head < shared; head++) {                                                                         \
+            float *of_head = scores + (size_t)head * longest, highest = -INFINITY, total = 0;                               \
+            for (int t = first; t < length; t++) highest = of_head[t] > highest ? of_head[t] : highest;                     \
+            for (int t = first; t < length; t++) {                                                                          \
+                of_head[t] = exp_negative(of_head[t] - highest);                                                            \
+                total += of_head[t];                                                                                        \
+            }                                                                                                               \
+            for (int t = first; t < length; t++) of_head[t] /= total;                                                       \
+        }                                                                                                                   \
+        memset(sums, 0, sizeof(float) * shared * value_size);                                                               \
+        for (int t = first; t < length; t++) {                                                                              \
+            const T *value = values + ((int64_t)blocks[t / block_size] * block_size + t % block_size) * value_stride;       \
+            for (int i = 0; i < value_size; i++) row[i] = LOAD(value[i]);                                                   \
+            for (int head = 0; head < shared; head++) {                                                                     \
+                float weight = scores[(size_t)head * longest + t];                                                          \
+                for (int i = 0; i < value_size; i++) sums[head * value_size + i] += weight * row[i];                        \
+            }                                                                                                               \
+        }                                                                                                                   \
+        for (int i = 0; i < shared * value_size; i++) output[i] = STORE(sums[i]);                                           \
+    }                                                                                                                       \
+    int attend_##SUFFIX(const T *queries, int64_t query_row, int64_t query_head, const T *keys, const T *values,            \
+                        const int32_t *table, const int32_t *lengths, T *output, int num_rows, int num_columns,             \
+                        int num_heads, int num_groups, int key_size, int value_size, int block_size, float scale,           \
+                        int window, int num_threads) {                                                                      \
         int shared = num_heads / num_groups, longest = 0, failed = 0;                                                       \
+        int widest = key_size > value_size ? key_size : value_size;                                                         \
+        int64_t key_stride = (int64_t)num_groups * key_size, value_stride = (int64_t)num_groups * value_size;               \
         for (int row = 0; row < num_rows; row++)                                                                            \
             if (lengths[row] > longest) longest = lengths[row];                                                             \
         _Pragma("omp parallel num_threads(num_threads) reduction(|:failed)") {                                              \
-            float *scores = malloc(sizeof(float) * ((size_t)shared * (longest + key_size + value_size)));                   \
-            failed |= !scores;                                                                                              \
-            _Pragma("omp for schedule(dynamic, 1)") for (int item = 0; item < num_rows * num_groups; item++) {              \
-                if (!scores) continue;                                                                                      \
-                float *query = scores + (size_t)shared * longest, *sums = query + (size_t)shared * key_size;                \
+            float *query = malloc(sizeof(float) * ((size_t)shared * (longest + key_size + value_size) + widest));           \
+            failed |= !query;                                                                                               \
+            _Pragma("omp for schedule(dynamic, 4)") for (int item = 0; item < num_rows * num_groups; item++) {              \
+                if (!query) continue;                                                                                       \
+                float *sums = query + shared * key_size, *buffer = sums + shared * value_size, *scores = buffer + widest;   \
                 int row = item / num_groups, group = item % num_groups, length = lengths[row];                              \
                 int first = window > 0 && length > window ? length - window : 0;                                            \
                 const int32_t *blocks = table + (int64_t)row * num_columns;                                                 \
-                for (int head = 0; head < shared; head++)                                                                   \
-                    for (int i = 0; i < key_size; i++)                                                                      \
-                        query[head * key_size + i] =                                                                        \
-                            LOAD(queries[row * query_row + (group * shared + head) * query_head + i]) * scale;              \
-                for (int t = first; t < length; t++) {                                                                      \
-                    int64_t place = (int64_t)blocks[t / block_size] * block_size + t % block_size;                          \
-                    const T *key = keys + (place * num_groups + group) * key_size;                                          \
-                    for (int head = 0; head < shared; head++) {                                                             \
-                        float sum = 0;                                                                                      \
-                        for (int i = 0; i < key_size; i++) sum += query[head * key_size + i] * LOAD(key[i]);                \
-                        scores[(size_t)head * longest + t] = sum;                                                           \
-                    }                                                                                                       \
-                }                                                                                                           \
-                for (int head = 0; head < shared; head++) {                                                                 \
-                    float *of_head = scores + (size_t)head * longest, highest = -INFINITY, total = 0;                       \
-                    for (int t = first; t < length; t++) highest = of_head[t] > highest ? of_head[t] : highest;             \
-                    for (int t = first; t < length; t++) {                                                                  \
-                        of_head[t] = exp_negative(of_head[t] - highest);                                                    \
-                        total += of_head[t];                                                                                \
-                    }                                                                                                       \
-                    for (int t = first; t < length; t++) of_head[t] /= total;                                               \
-                }                                                                                                           \
-                memset(sums, 0, sizeof(float) * shared * value_size);                                                       \
-                for (int t = first; t < length; t++) {                                                                      \
-                    int64_t place = (int64_t)blocks[t / block_size] * block_size + t % block_size;                          \
-                    const T *value = values + (place * num_groups + group) * value_size;                                    \
-                    for (int head = 0; head < shared; head++) {                                                             \
-                        float weight = scores[(size_t)head * longest + t];                                                  \
-                        for (int i = 0; i < value_size; i++) sums[head * value_size + i] += weight * LOAD(value[i]);        \
-                    }                                                                                                       \
-                }                                                                                                           \
+                const T *of_row = queries + row * query_row + (int64_t)group * shared * query_head;                         \
+                const T *key = keys + (int64_t)group * key_size, *value = values + (int64_t)group * value_size;             \
                 T *out = output + ((int64_t)row * num_heads + (int64_t)group * shared) * value_size;                        \
-                for (int i = 0; i < shared * value_size; i++) out[i] = STORE(sums[i]);                                      \
+                CALL(SUFFIX, 64) else CALL(SUFFIX, 128) else CALL_ANY(SUFFIX)                                               \
             }                                                                                                               \
-            free(scores);                                                                                                   \
+            free(query);                                                                                                    \
         }                                                                                                                   \
         return failed;                                                                                                      \
     }
+#define CALL_WITH(SUFFIX, KEY_SIZE, VALUE_SIZE, BLOCK_SIZE)                                                                 \
+    attend_one_##SUFFIX(of_row, query_head, key, value, blocks, first, length, out, shared, key_stride, value_stride,       \
+                        KEY_SIZE, VALUE_SIZE, BLOCK_SIZE, scale, query, sums, buffer, scores, longest);
+#define CALL(SUFFIX, SIZE) \
+    if (key_size == SIZE && value_size == SIZE && block_size == 16) { CALL_WITH(SUFFIX, SIZE, SIZE, 16) }
+#define CALL_ANY(SUFFIX) { CALL_WITH(SUFFIX, key_size, value_size, block_size) }
 
-DEFINE(attend_float32, float, same, same)
-DEFINE(attend_bfloat16, bfloat16, to_float_bf16, to_bf16)
+DEFINE(float32, float, same, same)
+DEFINE(bfloat16, bfloat16, to_float_bf16, to_bf16)
 
 #define DEFINE_INT8(SUFFIX, T, LOAD, STORE)                                                                                 \
     void quantize_##SUFFIX(const T *input, int8_t *numbers, float *scales, int64_t num_rows, int64_t size, int num_threads) { \

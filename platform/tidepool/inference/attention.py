@@ -11,6 +11,7 @@ from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -45,8 +46,15 @@ class Cache:
     def __init__(self, shapes: Items[LayerShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.block_size = block_size
         num_places = num_blocks * block_size
-        self.keys = [torch.zeros(num_places, one.num_heads, one.key_size, dtype=dtype, device=device) for one in shapes]
-        self.values = [torch.zeros(num_places, one.num_heads, one.value_size, dtype=dtype, device=device) for one in shapes]
+        self.keys = [_zeros((num_places, one.num_heads, one.key_size), dtype, device) for one in shapes]
+        self.values = [_zeros((num_places, one.num_heads, one.value_size), dtype, device) for one in shapes]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that take no memory of the host before they are written to, which torch's own do."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros((*shape, dtype.itemsize), np.uint8)).view(dtype).view(shape)
 
 
 @dataclass(frozen=True)
