@@ -83,8 +83,8 @@ def test_an_engine_answers_with_rounded_weights_and_an_adapter(llama: Any, token
 
 
 def test_int8_is_for_cpus() -> None:
-    assert weights_dtype("auto", "cpu") == weights_dtype("int8", "cpu") == torch.float32
-    assert weights_dtype("auto", "cuda") == weights_dtype("bf16", "cpu") == torch.bfloat16
+    assert weights_dtype("auto", "cpu") == weights_dtype("fp32", "cuda") == torch.float32
+    assert weights_dtype("auto", "cuda") == weights_dtype("bf16", "cpu") == weights_dtype("int8", "cpu") == torch.bfloat16
     with pytest.raises(ModelError, match="int8 is for CPUs"):
         weights_dtype("int8", "cuda")
 
@@ -119,13 +119,13 @@ def test_quantizing_in_c_is_that_of_torch(dtype: torch.dtype, monkeypatch: pytes
     inputs[4] = 0
     numbers, scale = native.quantize(inputs)
     assert torch.allclose(numbers * scale[:, None], inputs.float(), atol=float(scale.max()) * 0.51)
-    sums, column, bias = torch.randint(-9999, 9999, (5, 7), dtype=torch.int32), torch.rand(7), torch.rand(7)
-    out = native.dequantize(sums, scale, column, bias, dtype)
+    sums, bias = torch.randn(5, 7) * 1000, torch.rand(7)
+    out = native.scale(sums, scale, bias, dtype)
     monkeypatch.setattr(native, "library", lambda: None)
     expected_numbers, expected_scale = native.quantize(inputs)
     assert torch.allclose(scale, expected_scale)
     assert (numbers.int() - expected_numbers.int()).abs().max() <= 1
-    assert torch.allclose(out.float(), native.dequantize(sums, scale, column, bias, dtype).float(), rtol=1e-2, atol=1e-5)
+    assert torch.allclose(out.float(), native.scale(sums, scale, bias, dtype).float(), rtol=1e-2, atol=1e-5)
 
 
 @pytest.mark.skipif(native.library() is None, reason="there is no C compiler")

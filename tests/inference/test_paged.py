@@ -261,6 +261,22 @@ def test_a_failure_ends_what_was_computed_with_it_and_nothing_else(
     )  # the prompt that fails, a token of the first, and the end of the other's
 
 
+def test_a_fault_of_the_engine_leaves_nobody_waiting(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with engine_of(endless(llama, tokenizer), tokenizer, max_batch_size=1) as engine:
+            streams = [engine.submit(request([5], 50, name)) for name in "ab"]
+            await anext(streams[0])
+            monkeypatch.setattr(engine._scheduler, "complete", lambda _: 1 / 0)
+            for stream in streams:
+                with pytest.raises(ZeroDivisionError):
+                    await collect(stream)
+            monkeypatch.undo()
+            for sequence in [*engine._scheduler._running, *engine._scheduler._clients[None, ""].waiting]:
+                engine._scheduler.remove(sequence)  # so that the engine counts as idle for `engine_of`
+
+    asyncio.run(scene())
+
+
 def test_a_model_that_makes_no_numbers_is_an_error(llama: Any, tokenizer: Any) -> None:
     llama.lm_head.weight.data.fill_(torch.nan)
 

@@ -132,11 +132,10 @@ DEFINE(bfloat16, bfloat16, to_float_bf16, to_bf16)
             for (int64_t i = 0; i < size; i++) numbers[row * size + i] = (int8_t)__builtin_rintf(LOAD(from[i]) * factor);   \
         }                                                                                                                   \
     }                                                                                                                       \
-    void dequantize_##SUFFIX(const int32_t *sums, const float *of_row, const float *of_column, const float *bias, T *output, \
-                             int64_t num_rows, int64_t size, int num_threads) {                                             \
+    void scale_##SUFFIX(const float *sums, const float *of_row, const float *bias, T *output, int64_t num_rows, int64_t size, \
+                        int num_threads) {                                                                                  \
         _Pragma("omp parallel for num_threads(num_threads)") for (int64_t row = 0; row < num_rows; row++)                   \
-            for (int64_t i = 0; i < size; i++)                                                                              \
-                output[row * size + i] = STORE((float)sums[row * size + i] * (of_row[row] * of_column[i]) + bias[i]);       \
+            for (int64_t i = 0; i < size; i++) output[row * size + i] = STORE(sums[row * size + i] * of_row[row] + bias[i]); \
     }
 
 DEFINE_INT8(float32, float, same, same)

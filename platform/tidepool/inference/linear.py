@@ -3,7 +3,7 @@
 - Layers that have the same input (query, key and value; gate and up) become one product, whose parts the model asks for one by one.
 - `bf16` on a CPU: weights in the layout that oneDNN multiplies fastest.
 - `int8` on a CPU: weights with one scale for each output, inputs with one for each token, multiplied and summed exactly in integers:
-  a token's result does not depend on the tokens beside it.
+  a token's result does not depend on the tokens beside it. All else is bfloat16 then.
 
 All of them are `nn.Linear` for whoever looks, so that adapters attach to them by the names that they were trained with; packed ones keep
 no readable weight. GPT-2's `Conv1D` is one product already and stays as it is, but for int8.
@@ -30,9 +30,8 @@ def weights_dtype(weights: Weights, device: str) -> torch.dtype:
     """The dtype to load a model in."""
     if weights == "int8" and device != "cpu":
         raise ModelError("engine.weights: int8 is for CPUs; leave it out on a GPU.")
-    if weights == "auto":
-        return torch.float32 if device == "cpu" else torch.bfloat16
-    return torch.bfloat16 if weights == "bf16" else torch.float32
+    is_exact = weights == "fp32" or (weights == "auto" and device == "cpu")
+    return torch.float32 if is_exact else torch.bfloat16
 
 
 def swap_linear_layers(model: PreTrainedModel, weights: Weights, batch_invariant: bool = False) -> None:
@@ -145,13 +144,17 @@ class _Int8(_Layer):
         super().__init__(layer.out_features, layer.in_features, layer.weight)
         weight_NK = layer.weight.detach().float()
         self._scale_N = (weight_NK.abs().amax(dim=1) / 127).clamp(min=torch.finfo(torch.float32).tiny)
-        self._weight_KN = (weight_NK / self._scale_N[:, None]).round().to(torch.int8).t()
+        numbers_NK = (weight_NK / self._scale_N[:, None]).round().to(torch.int8)
+        self._packed = torch.ops.onednn.qlinear_prepack(numbers_NK, [_TYPICAL_ROWS, layer.in_features])
+        self._zero_N = torch.zeros(layer.out_features, dtype=torch.int32)
         self._bias_N = torch.zeros(layer.out_features) if layer.bias is None else layer.bias.detach().float()
 
     def forward(self, input: Tensor) -> Tensor:
         numbers_TK, scale_T = native.quantize(input.flatten(0, -2))
-        sums_TN = torch._int_mm(numbers_TK, self._weight_KN)
-        return native.dequantize(sums_TN, scale_T, self._scale_N, self._bias_N, input.dtype).view(*input.shape[:-1], -1)
+        # oneDNN has one scale for all tokens: it is 1, and each token's own comes after.
+        weights = self._packed, self._scale_N, self._zero_N
+        sums_TN = torch.ops.onednn.qlinear_pointwise(numbers_TK, 1.0, 0, *weights, None, 1.0, 0, torch.float32, "none", [], "")
+        return native.scale(sums_TN, scale_T, self._bias_N, input.dtype).view(*input.shape[:-1], -1)
 
 
 def _pack(layer: nn.Linear, weights: Weights, is_cpu: bool) -> nn.Linear:

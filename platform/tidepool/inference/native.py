@@ -1,7 +1,7 @@
 """What is computed in C (`attention.c`), compiled when it is first wanted and kept for the next time.
 
 Where there is no C compiler, or for tensors that it does not know, `can_attend` says so, and the caller computes with torch;
-`quantize` and `dequantize` compute with torch themselves then.
+`quantize` and `scale` compute with torch themselves then.
 """
 
 import ctypes
@@ -29,7 +29,7 @@ _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS = {
     "attend": [_POINTER, _LONG, _LONG, *[_POINTER] * 5, *[_INT] * 7, ctypes.c_float, _INT, _INT],
     "quantize": [*[_POINTER] * 3, _LONG, _LONG, _INT],
-    "dequantize": [*[_POINTER] * 5, _LONG, _LONG, _INT],
+    "scale": [*[_POINTER] * 4, _LONG, _LONG, _INT],
     "gate": [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT],
     "norm": [*[_POINTER] * 3, _LONG, _LONG, ctypes.c_float, _INT, _INT],
 }
@@ -72,14 +72,14 @@ def quantize(input_TK: Tensor) -> tuple[Tensor, Tensor]:
     return numbers_TK, scale_T
 
 
-def dequantize(sums_TN: Tensor, scale_T: Tensor, scale_N: Tensor, bias_N: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums of products (int32, contiguous) as numbers again, plus a bias."""
+def scale(sums_TN: Tensor, scale_T: Tensor, bias_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of products (float32, contiguous) times each row's scale, plus a bias."""
     loaded = library()
     if loaded is None or dtype not in _SUFFIXES:
-        return (sums_TN * (scale_T[:, None] * scale_N) + bias_N).to(dtype)
+        return (sums_TN * scale_T[:, None] + bias_N).to(dtype)
     output_TN = torch.empty(sums_TN.shape, dtype=dtype)
-    pointers = [one.data_ptr() for one in (sums_TN, scale_T, scale_N, bias_N, output_TN)]
-    getattr(loaded, f"dequantize_{_SUFFIXES[dtype]}")(*pointers, *sums_TN.shape, torch.get_num_threads())
+    pointers = [one.data_ptr() for one in (sums_TN, scale_T, bias_N, output_TN)]
+    getattr(loaded, f"scale_{_SUFFIXES[dtype]}")(*pointers, *sums_TN.shape, torch.get_num_threads())
     return output_TN
 
 

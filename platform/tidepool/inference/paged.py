@@ -14,6 +14,7 @@ Invariants:
 """
 
 import asyncio
+import logging
 import weakref
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from tidepool.inference.stream import Stream
 from tidepool.specs import EngineSpec
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False)
@@ -209,6 +211,18 @@ class PagedEngine:
             self._scheduler.add(answer.sequence)
         if self._driver is None or self._driver.done():
             self._driver = asyncio.get_running_loop().create_task(self._drive())
+            self._driver.add_done_callback(self._tell_of_a_bug)
+
+    def _tell_of_a_bug(self, driver: asyncio.Task[None]) -> None:
+        """If the steps end with an error of ours, nobody waits for ever; the scheduler's state is not trusted any more."""
+        if not driver.cancelled() and isinstance(error := driver.exception(), Exception):
+            log.error("The engine has a fault and takes no more requests", exc_info=error)
+            self._is_closed = True
+            for live in self._live.values():
+                self._tell(live, error)
+                live.ended.set()
+            self._live.clear()
+            self._of_sequence.clear()
 
     def _tell(self, live: _Live, item: Output | Exception) -> None:
         if stream := live.stream():
