@@ -63,7 +63,7 @@ def draws(num: int, logits: torch.Tensor = LOGITS, **parameters: Any) -> list[in
     ],
 )
 def test_tokens_come_as_often_as_they_should(parameters: dict[str, Any], kept: Any) -> None:
-    """Pearson's chi-square over 20,000 draws, against probabilities that are worked out in order, one after the other."""
+    """Pearson's chi-square over 10,000 draws, against probabilities that are worked out in order, one after the other."""
     logits = torch.linspace(3, -3, 300, dtype=torch.float64)
     expected = (logits / parameters.get("temperature", 1)).softmax(0).numpy()
     expected[expected < parameters.get("min_p", 0) * expected[0]] = 0
@@ -79,11 +79,11 @@ def test_tokens_come_as_often_as_they_should(parameters: dict[str, Any], kept: A
     order = torch.randperm(300, generator=torch.Generator().manual_seed(1))  # so that tokens do not stand in the order of their weights
     shuffled = torch.empty(300)
     shuffled[order] = logits.float()
-    found = np.bincount(np.argsort(order.numpy())[draws(20_000, shuffled, **parameters)], minlength=300)
+    found = np.bincount(np.argsort(order.numpy())[draws(10_000, shuffled, **parameters)], minlength=300)
     assert found[expected == 0].sum() == 0
-    big = expected * 20_000 >= 5
+    big = expected * 10_000 >= 5
     observed = np.append(found[big], found[~big].sum())
-    wanted = np.append(expected[big], expected[~big].sum()) * 20_000
+    wanted = np.append(expected[big], expected[~big].sum()) * 10_000
     observed, wanted = observed[wanted > 0], wanted[wanted > 0]
     degrees = len(wanted) - 1
     assert ((observed - wanted) ** 2 / wanted).sum() < degrees + 4 * np.sqrt(2 * degrees)
@@ -184,7 +184,7 @@ def test_random_numbers_are_those_of_splitmix64() -> None:
         assert uniforms(key, np.array([index], np.uint64))[0] == uniform(seed, answer, index)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(data=st.data(), num_tokens=st.sampled_from([5, 130, 1500]), num_rows=st.integers(1, 5))
 def test_whatever_is_asked_the_draw_falls_on_the_token_of_its_random_number(data: Any, num_tokens: int, num_rows: int) -> None:
     """Processed by transformers in float64, put in the order of the draw, summed up, and looked up."""
@@ -256,7 +256,7 @@ def test_prompt_log_probabilities_are_told_for_each_token_that_follows() -> None
 
 # --- Company ---------------------------------------------------------------------------------------------------------
 
-SIZES = [1, 7, 127, 128, 129, 1000, 2048, 5003]
+SIZES = [1, 7, 128, 1001, 5003]
 
 
 def company(num_tokens: int) -> list[dict[str, Any]]:
@@ -290,7 +290,7 @@ def test_a_row_is_the_same_alone_and_in_any_company(num_tokens: int, dtype: torc
     torch.set_num_threads(num_threads)
     try:
         together = sample(logits_BV, states(list(range(32))))
-        orders = [[row] for row in range(32)] + [list(range(31, -1, -1)), list(range(1, 32, 2)), list(range(5))]
+        orders = [[row] for row in range(0, 32, 3)] + [list(range(31, -1, -1)), list(range(1, 32, 2)), list(range(5))]
         for rows in orders:
             found = sample(logits_BV[rows], states(rows))
             assert found.tokens == [together.tokens[row] for row in rows]

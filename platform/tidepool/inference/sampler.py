@@ -123,8 +123,10 @@ class Sampler:
         """Memory for weights, reused, in which each row ends with zeros up to a whole block."""
         shape = (max(num_rows, len(self._weights)), -(-size // BLOCK) * BLOCK)
         if self._weights.shape != shape or self._weights.device != device:
-            self._weights = torch.zeros(shape, device=device)
-        return self._weights[:num_rows]
+            self._weights = torch.empty(shape, dtype=torch.float32, device=device)
+        weights_DN = self._weights[:num_rows]
+        weights_DN[:, size:] = 0
+        return weights_DN
 
 
 class _Plan:
@@ -139,7 +141,9 @@ class _Plan:
         self.nums_top = [asked[row].logprobs or 0 for row in self.logprob_rows]
         drawn = [asked[row] for row in self.drawn_rows]
         self.keys_D = np.array([states[row].key for row in self.drawn_rows], np.uint64)
-        self.temperature_D1 = torch.tensor([[max(each.temperature, _SMALLEST_TEMPERATURE)] for each in drawn], device=device)
+        self.temperature_D1 = torch.tensor(
+            [[max(each.temperature, _SMALLEST_TEMPERATURE)] for each in drawn], dtype=torch.float32, device=device
+        )
         cuts = [Truncation(each.min_p, each.top_k, each.top_p) for each in drawn]
         self.whole = [index for index, cut in enumerate(cuts) if not cut.is_any]
         self.cut = [index for index, cut in enumerate(cuts) if cut.is_any]
@@ -147,10 +151,8 @@ class _Plan:
         biases = [(row, token, bias) for row, each in enumerate(asked) for token, bias in each.logit_bias]
         self._bias_rows = torch.tensor([row for row, _, _ in biases], dtype=torch.long, device=device)
         self._bias_tokens = torch.tensor([token for _, token, _ in biases], dtype=torch.long, device=device)
-        self._biases = torch.tensor([bias for _, _, bias in biases], device=device)
-        self._penalties = [
-            Penalties(row, each, state.seen) for row, (each, state) in enumerate(zip(asked, states, strict=True)) if state.seen
-        ]
+        self._biases = torch.tensor([bias for _, _, bias in biases], dtype=torch.float32, device=device)
+        self._penalties = [Penalties(row, state.parameters, state.seen) for row, state in enumerate(states) if state.seen is not None]
         self._matchers = [(row, state.matcher) for row, state in enumerate(states) if state.matcher is not None]
         self._masks = np.empty((len(self._matchers), -(-num_tokens // 32)), np.int32)
 

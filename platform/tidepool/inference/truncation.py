@@ -84,7 +84,7 @@ def lower_bound(values_V: np.ndarray, num: int) -> float:
 def draw_truncated_rows(weights_RV: Tensor, cuts: list[Truncation], uniforms_R1: Tensor) -> tuple[list[int], list[bool]]:
     """The same for all rows at once, as a GPU does it."""
     size, device = weights_RV.shape[1], weights_RV.device
-    min_p_R1 = torch.tensor([[cut.min_p] for cut in cuts], device=device)
+    min_p_R1 = torch.tensor([[cut.min_p] for cut in cuts], dtype=torch.float32, device=device)
     top_k_R1 = torch.tensor([[min(cut.top_k or size, size)] for cut in cuts], device=device)
     top_p_R1 = torch.tensor([[cut.top_p] for cut in cuts], dtype=torch.float64, device=device)
     weights_RV = torch.where(weights_RV < min_p_R1, 0, weights_RV)
