@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tests.models.conftest import CONFIGS, TEXT
-from tidepool.errors import RequestError
+from tidepool.errors import EngineBusyError, RequestError
 from tidepool.inference import grammar as grammar_module
 from tidepool.inference.grammar import CompiledGrammar, Grammars
 from tidepool.inference.sampler import Sampler, SamplingState
@@ -364,7 +364,7 @@ REFUSED = {
     "many repetitions": (schema(properties={"x": {"patternProperties": {"a{3,99999}": True}}}), "10,000 times"),
     "a product": (
         schema(allOf=[{"anyOf": [{"properties": {f"k{i}{j}": {"const": i}}} for i in range(10)]} for j in range(10)]),
-        "too large|to compile|memory",
+        "too large|to compile",
     ),
 }
 
@@ -398,15 +398,28 @@ def test_an_expression_that_cannot_be_followed_is_refused(grammars: Grammars, ex
 
 
 def test_a_compilation_that_takes_too_long_or_too_much_is_stopped(byte_level: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = asked(json_schema=schema(type="integer", multipleOf=1_000_003))
-    monkeypatch.setattr(grammar_module, "_TRIAL_TIMEOUT_S", 1.0)
     grammars = Grammars(byte_level, ENDS, 400)
+    monkeypatch.setattr(grammar_module, "_TRIAL_CPU_S", 1)
     with pytest.raises(RequestError, match="more than 1 s to compile"):
-        grammars.compile_now(slow)
-    monkeypatch.setattr(grammar_module, "_TRIAL_TIMEOUT_S", 60.0)
+        grammars.compile_now(asked(json_schema=schema(type="integer", multipleOf=1_000_003)))
+    monkeypatch.setattr(grammar_module, "_TRIAL_CPU_S", 60)
     monkeypatch.setattr(grammar_module, "_TRIAL_MEMORY_BYTES", 2**28)
-    with pytest.raises(RequestError, match="of memory"):
+    with pytest.raises(RequestError, match="more than 256 MiB to compile"):
         grammars.compile_now(asked(json_schema=schema(type="integer", multipleOf=1_000_033)))
+    grammars.close()
+
+
+def test_what_failed_through_no_fault_of_the_request_is_tried_again(byte_level: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    grammars = Grammars(byte_level, ENDS, 400)
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_module, "_TRIAL_TIMEOUT_S", 0.0)
+        with pytest.raises(EngineBusyError, match="too busy"):
+            grammars.compile_now(asked(regex="a"))
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_module, "_TRIAL", "raise SystemExit('no such library')")
+        with pytest.raises(RuntimeError, match="no such library"):
+            grammars.compile_now(asked(regex="a"))
+    assert grammars.compile_now(asked(regex="a")) is not None
     grammars.close()
 
 

@@ -18,6 +18,7 @@ JSON Schema.
 import asyncio
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -31,19 +32,21 @@ import llguidance.hf
 import numpy as np
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from tidepool.errors import RequestError
+from tidepool.errors import EngineBusyError, RequestError
 from tidepool.inference.sampling_parameters import SamplingParameters
 
 _MAX_CHARACTERS = 65_536
 _MANY_REPETITIONS = re.compile(r"\{(\d*,)?\d{5,}")  # a single step of these takes most of a second
 _MAX_CACHED = 64
-_TRIAL_TIMEOUT_S = 5.0
+_TRIAL_CPU_S = 5
+_TRIAL_TIMEOUT_S = 60.0
 _TRIAL_MEMORY_BYTES = 2 * 1024**3
 _JSON_OPTIONS: Any = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": r"[ \t\n\r]{0,16}"}
 _TRIAL = """
 import resource, sys
 from llguidance import LLMatcher, LLTokenizer
-resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
+resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]),) * 2)
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
 matcher = LLMatcher(LLTokenizer("byte"), sys.stdin.read(), log_level=0)
 matcher.compute_bitmask()
 sys.stdout.write(matcher.get_error())
@@ -93,7 +96,7 @@ class Grammars:
         self._compiled: OrderedDict[tuple[str, str], Future[CompiledGrammar]] = OrderedDict()
 
     async def compile(self, parameters: SamplingParameters) -> CompiledGrammar | None:
-        """The grammar that the parameters ask for, or None. Raises `RequestError`. The event loop goes on meanwhile."""
+        """The grammar that the parameters ask for, or None, while the event loop goes on. Raises `RequestError`, `EngineBusyError`."""
         if (future := self._start(parameters)) is None:
             return None
         return await asyncio.shield(asyncio.wrap_future(future))  # others may wait for it too
@@ -112,7 +115,8 @@ class Grammars:
         if text is None:
             return None
         with self._lock:
-            if (future := self._compiled.get((kind, text))) is None:
+            future = self._compiled.get((kind, text))
+            if future is None or _may_succeed_later(future):
                 future = self._compiled[kind, text] = self._thread.submit(self._compile, kind, text)
             self._compiled.move_to_end((kind, text))
             while len(self._compiled) > _MAX_CACHED:
@@ -142,6 +146,10 @@ class Grammars:
                 raise RequestError("The model has no token that ends a text, so it can follow no json_schema and no regex.")
             self._tokens = llguidance.hf.from_tokenizer(self._tokenizer, self._num_tokens, sorted(self._end_tokens))
         return self._tokens
+
+
+def _may_succeed_later(future: Future[CompiledGrammar]) -> bool:
+    return future.done() and not isinstance(future.exception(), RequestError | None)
 
 
 def _parse(text: str) -> Any:
@@ -181,14 +189,18 @@ def _grammar(kind: str, text: str) -> str:
 
 
 def _try(kind: str, grammar: str) -> None:
-    """Compile it where it can be stopped. Raises `RequestError`."""
-    command = [sys.executable, "-c", _TRIAL, str(_TRIAL_MEMORY_BYTES)]
+    """Compile it where it can be stopped. Raises `RequestError`, and `EngineBusyError` if the machine does not get to it."""
+    command = [sys.executable, "-c", _TRIAL, str(_TRIAL_CPU_S), str(_TRIAL_MEMORY_BYTES)]
     try:
         done = subprocess.run(command, input=grammar, capture_output=True, text=True, timeout=_TRIAL_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired as error:
-        raise RequestError(f"The {kind} takes more than {_TRIAL_TIMEOUT_S:.0f} s to compile: simplify it.") from error
+        raise EngineBusyError(f"The machine was too busy to compile the {kind} in {_TRIAL_TIMEOUT_S:.0f} s. Try again later.") from error
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
+        raise RequestError(f"The {kind} takes more than {_TRIAL_CPU_S} s to compile: simplify it.")
+    if done.returncode < 0:
+        raise RequestError(f"The {kind} takes more than {_TRIAL_MEMORY_BYTES // 2**20} MiB to compile: simplify it.")
     if done.returncode:
-        raise RequestError(f"The {kind} cannot be compiled in {_TRIAL_MEMORY_BYTES // 1024**3} GiB of memory: simplify it.")
+        raise RuntimeError(f"The trial of a {kind} failed: {done.stderr[-1000:]}")
     if done.stdout:
         raise RequestError(f"The {kind} cannot be followed: {_reason(done.stdout)}.")
 
