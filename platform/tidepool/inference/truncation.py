@@ -84,10 +84,10 @@ def lower_bound(values_V: np.ndarray, num: int) -> float:
 def draw_truncated_rows(weights_RV: Tensor, cuts: list[Truncation], uniforms_R1: Tensor) -> tuple[list[int], list[bool]]:
     """The same for all rows at once, as a GPU does it."""
     size, device = weights_RV.shape[1], weights_RV.device
-    min_p_R1 = torch.tensor([[cut.min_p] for cut in cuts], dtype=torch.float32, device=device)
+    lowest_R1 = torch.tensor([[max(cut.min_p, NOTHING)] for cut in cuts], dtype=torch.float32, device=device)
     top_k_R1 = torch.tensor([[min(cut.top_k or size, size)] for cut in cuts], device=device)
     top_p_R1 = torch.tensor([[cut.top_p] for cut in cuts], dtype=torch.float64, device=device)
-    weights_RV = torch.where(weights_RV < min_p_R1, 0, weights_RV)
+    weights_RV = torch.where(weights_RV < lowest_R1, 0, weights_RV)
     first, tokens = weights_RV.topk(min(_NUM_FIRST, size))
     tokens, order = tokens.sort()
     tokens_R, is_enough = _draw_sorted(weights_RV, first.gather(1, order), tokens, top_k_R1, top_p_R1, uniforms_R1)
