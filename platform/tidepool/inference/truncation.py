@@ -107,7 +107,7 @@ def _draw_sorted(
     of_top_k_R1 = sums_RN.gather(1, top_k_R1.clamp(max=num) - 1)
     left_R1 = torch.where(top_k_R1 < weights_RV.shape[1], of_top_k_R1, weights_RV.sum(dim=1, keepdim=True, dtype=torch.float64))
     num_top_p_R1 = torch.searchsorted(sums_RN, top_p_R1 * left_R1) + 1
-    kept_R1 = torch.where(top_p_R1 < 1, torch.minimum(num_top_p_R1, top_k_R1), top_k_R1)
+    kept_R1 = torch.where(top_p_R1 < 1, num_top_p_R1, top_k_R1)
     last_R1 = kept_R1.clamp(max=num) - 1
     point_R1 = uniforms_R1 * sums_RN.gather(1, last_R1)
     drawn_R1 = torch.searchsorted(sums_RN, point_R1, right=True).clamp(max=num - 1)
