@@ -21,6 +21,7 @@ from transformers import (
 from tidepool.errors import ModelError
 from tidepool.inference.draw import BLOCK, NOTHING, block_edges, draw, stream_key, uniforms, weigh
 from tidepool.inference.log_probabilities import prompt_logprobs
+from tidepool.inference.penalties import Penalties, penalise
 from tidepool.inference.sampler import Sampled, Sampler, SamplingState
 from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.inference.truncation import Truncation, draw_truncated, draw_truncated_rows
@@ -213,6 +214,24 @@ def test_whatever_is_asked_the_draw_falls_on_the_token_of_its_random_number(data
         assert edges[place] - weights[place] / weights.sum() - 1e-5 <= point <= edges[place] + 1e-5
 
 
+@pytest.mark.parametrize(
+    ("penalty", "expected"),
+    [
+        ({"repetition_penalty": 2.0}, [1.0, 1.0, 1.0, 3.0, -2.0]),
+        ({"frequency_penalty": 0.5}, [2.0, 1.0, 1.5, 3.0, -1.0]),
+        ({"presence_penalty": 0.5}, [2.0, 1.5, 1.5, 3.0, -1.0]),
+        ({"repetition_penalty": 2.0, "frequency_penalty": -1.0, "presence_penalty": 0.25}, [1.0, 2.75, 1.75, 3.0, -2.0]),
+    ],
+)
+def test_penalties_change_these_logits_of_the_prompt_and_of_the_answer(penalty: dict[str, float], expected: list[float]) -> None:
+    """Tokens 0 and 4 are in the prompt, 1 twice in the answer, 2 in both, 3 in neither."""
+    seen = state((1, 2, 1), (0, 2, 4, 0), temperature=0, **penalty)
+    assert seen.seen is not None
+    logits = torch.tensor([[9.0] * 5, [2.0, 2.0, 2.0, 3.0, -1.0]])
+    penalise(logits, [Penalties(1, seen.parameters, seen.seen)])
+    assert logits.tolist() == [[9.0] * 5, expected]
+
+
 # --- Log-probabilities -----------------------------------------------------------------------------------------------
 
 
@@ -322,6 +341,15 @@ def test_weights_and_their_sums_have_the_same_bits_in_any_batch(num_tokens: int,
             assert alone_edges.equal(edges[rows])
     finally:
         torch.set_num_threads(before)
+
+
+def test_no_weight_is_a_number_that_processors_are_slow_with() -> None:
+    """Neither a denormal one, nor what comes of the exponential of an infinity."""
+    logits = torch.tensor([[0.0, -50.0, -90.0, -100.0, -1e30, -torch.inf]])
+    weights_BN = torch.zeros(2, 6)
+    weigh(logits.expand(2, -1), torch.tensor([[1.0], [1e-30]]), weights_BN)
+    assert (weights_BN >= torch.finfo(torch.float32).tiny).all()
+    assert (weights_BN[:, 2:] < NOTHING).all()
 
 
 def test_one_sampler_serves_batches_that_change_as_new_samplers_would() -> None:
@@ -455,4 +483,10 @@ def test_rows_are_cut_on_a_gpu_as_they_are_on_the_cpu(name: str, row: int) -> No
         top_p = [0.1, 0.5, 0.9, 0.999][index // 8 % 4] if name in ("top_p", "all") else 1.0
         min_p = [0.0, 0.01, 0.5, 1.0][index // 16] if name in ("min_p", "all") else 0.0
         cuts.append(Truncation(min_p, top_k, top_p))
-    assert draw_truncated_rows(weights_RV, cuts, torch.from_numpy(numbers)[:, None]) == draw_truncated(weights_RV, cuts, numbers)
+    expected = draw_truncated(weights_RV, cuts, numbers)
+    assert draw_truncated_rows(weights_RV, cuts, torch.from_numpy(numbers)[:, None]) == expected
+    alone = [
+        draw_truncated_rows(weights_RV[index : index + 1], [cuts[index]], torch.full((1, 1), number, dtype=torch.float64))
+        for index, number in enumerate(numbers)
+    ]
+    assert [tokens[0] for tokens, _ in alone] == expected[0]

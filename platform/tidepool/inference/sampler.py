@@ -96,7 +96,7 @@ class Sampler:
             if ahead is not None:
                 indices += np.array(ahead, np.uint64)[plan.drawn_rows]
             _scatter(plan.drawn_rows, self._draw(_rows(logits_BV, plan.drawn_rows), plan, indices), tokens, is_valid)
-        errors |= {row: _broken() for row, valid in enumerate(is_valid) if not valid}
+        errors = {row: _broken() for row, valid in enumerate(is_valid) if not valid} | errors
         found = [] if own_LV is None else token_logprobs(own_LV, [tokens[row] for row in plan.logprob_rows], plan.nums_top)
         return Sampled(tokens, dict(zip(plan.logprob_rows, found, strict=True)), errors)
 
@@ -174,7 +174,6 @@ class _Plan:
             matcher.fill(mask)
             if error := matcher.error:
                 errors[row] = error
-                mask[:] = -1
         bits = np.unpackbits(self._masks.view(np.uint8), axis=1, count=logits_BV.shape[1], bitorder="little")
         is_allowed_GV = torch.from_numpy(bits.view(np.bool_)).to(logits_BV.device)
         rows = [row for row, _ in self._matchers]
