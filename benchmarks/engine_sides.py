@@ -6,6 +6,7 @@ answers made where the side can make it. Needs nothing of Tidepool unless the si
 environment's.
 """
 
+import importlib
 import json
 import os
 import sys
@@ -119,6 +120,10 @@ def vllm(folder: str, weights: str) -> Answer:
 SIDES: dict[str, Callable[[str, str], Answer]] = {"ours": ours, "generate": generate, "continuous": continuous, "vllm": vllm}
 
 
+IMPORTS = {"ours": ("tidepool.inference.paged", "tidepool.models.pretrained"), "vllm": ()}
+"""What is not part of the start. vLLM starts a process of its own, which imports again."""
+
+
 def peak_memory_bytes() -> int:
     """The most memory that this process and those that it started have had."""
     total, wanted = 0, {os.getpid()}
@@ -139,9 +144,8 @@ def main() -> None:
     answers, sys.stdout = os.fdopen(os.dup(1), "w"), sys.stderr
     os.dup2(2, 1)  # so that what libraries print does not get between the answers
     first = json.loads(sys.stdin.readline())
-    if first["side"] != "vllm":  # not part of the start: a server has it loaded long before
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
+    for module in IMPORTS.get(first["side"], ("transformers", "torch")):
+        importlib.import_module(module)
     started = time.perf_counter()
     answer = SIDES[first["side"]](first["folder"], first["weights"])
     answer([[5, 6, 7]], 1)

@@ -177,6 +177,7 @@ class Scheduler:
     def _preempt(self, for_whom: Sequence, chunks: list[Chunk]) -> bool:
         """Take the blocks of the running sequence that arrived last; False if it is the one that asked for some."""
         victim = self._running.pop()
+        assert self._running or victim is not for_whom, "a sequence alone must fit the blocks"
         # What this step would have computed of it is not there. Nobody has found it yet: newcomers come last, and push out nobody.
         chunks[:] = [chunk for chunk in chunks if chunk.sequence is not victim]
         self._blocks.forget(victim.blocks[victim.num_computed // self._blocks.block_size :])
