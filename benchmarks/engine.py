@@ -1,6 +1,6 @@
 """Tokens a second of our engine on CPUs, against transformers and vLLM.
 
-    python benchmarks/engine.py [--json FILE] [--quick] [--vllm PYTHON] [--cases NAME ...]
+    python benchmarks/engine.py [--json FILE] [--quick] [--vllm PYTHON] [--cases NAME ...] [--peers NAME ...]
 
 Random-weight Llamas of 4 million (float32) and 88 million parameters (bfloat16; ours also with int8 weights): 64 requests of 16 to 128
 prompt tokens and 64 new tokens each, greedy, two threads. Then 8 prompts of 2,000 tokens, and 16 requests that begin with the same
@@ -142,9 +142,9 @@ def export(name: str, folder: Path) -> Path:
     return path
 
 
-def measure(case: Case, folder: Path, num_rounds: int, vllm: str | None) -> list[Row]:
+def measure(case: Case, folder: Path, num_rounds: int, peers: list[str], vllm: str | None) -> list[Row]:
     """The rows of a case: all sides take turns."""
-    names = ["ours", *(name for name in PEERS if name != "vllm" or vllm)]
+    names = ["ours", *(name for name in peers if name != "vllm" or vllm)]
     rates: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
         sides = {}
@@ -159,7 +159,7 @@ def measure(case: Case, folder: Path, num_rounds: int, vllm: str | None) -> list
                     rates[name].append(rate)
         ours = sides["ours"]
         rows = [row(case, name, rates["ours"], rates[name]) for name in names[1:]]
-        if not vllm:
+        if "vllm" in peers and not vllm:
             rows.insert(0, row(case, "vllm", rates["ours"], None))
         for metric, mine, of_peer, unit in (
             ("start_s", ours.start_s, {name: side.start_s for name, side in sides.items()}, "s"),
@@ -218,6 +218,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--vllm", metavar="PYTHON", help="the interpreter of an environment with vLLM")
     parser.add_argument("--cases", nargs="+", choices=[case.metric for case in CASES], default=[case.metric for case in CASES])
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
     head = {
@@ -232,7 +233,7 @@ def main() -> int:
         folders = {name: export(name, Path(scratch)) for name in MODELS}
         for case in CASES:
             if case.metric in options.cases:
-                found = measure(case, folders[case.model], 1 if options.quick else 5, options.vllm)
+                found = measure(case, folders[case.model], 1 if options.quick else 5, options.peers, options.vllm)
                 show(found)
                 rows += found
                 if options.json:

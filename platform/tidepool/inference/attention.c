@@ -119,17 +119,22 @@ DEFINE(float32, float, same, same)
 DEFINE(bfloat16, bfloat16, to_float_bf16, to_bf16)
 
 #define DEFINE_INT8(SUFFIX, T, LOAD, STORE)                                                                                 \
-    void quantize_##SUFFIX(const T *input, int8_t *numbers, float *scales, int64_t num_rows, int64_t size, int num_threads) { \
+    void quantize_##SUFFIX(const T *input, uint8_t *numbers, float *scales, int64_t num_rows, int64_t size, int num_threads) { \
         _Pragma("omp parallel for num_threads(num_threads)") for (int64_t row = 0; row < num_rows; row++) {                 \
             const T *from = input + row * size;                                                                             \
-            float highest = 1e-30f;                                                                                         \
+            int32_t bits = 0;      /* of the highest: numbers that are not negative are ordered as their bits are */            \
             for (int64_t i = 0; i < size; i++) {                                                                            \
                 float x = fabsf(LOAD(from[i]));                                                                             \
-                highest = x > highest ? x : highest;                                                                        \
+                int32_t own;                                                                                                \
+                memcpy(&own, &x, 4);                                                                                        \
+                bits = own > bits ? own : bits;                                                                             \
             }                                                                                                               \
+            float highest;                                                                                                  \
+            memcpy(&highest, &bits, 4);                                                                                     \
+            if (highest < 1e-30f) highest = 1e-30f;                                                                         \
             float factor = 127.0f / highest;                                                                                \
             scales[row] = highest / 127.0f;                                                                                 \
-            for (int64_t i = 0; i < size; i++) numbers[row * size + i] = (int8_t)__builtin_rintf(LOAD(from[i]) * factor);   \
+            for (int64_t i = 0; i < size; i++) numbers[row * size + i] = 128 + (int)__builtin_rintf(LOAD(from[i]) * factor); \
         }                                                                                                                   \
     }                                                                                                                       \
     void scale_##SUFFIX(const float *sums, const float *of_row, const float *bias, T *output, int64_t num_rows, int64_t size, \

@@ -153,7 +153,7 @@ class _Int8(_Layer):
         numbers_TK, scale_T = native.quantize(input.flatten(0, -2))
         # oneDNN has one scale for all tokens: it is 1, and each token's own comes after.
         weights = self._packed, self._scale_N, self._zero_N
-        sums_TN = torch.ops.onednn.qlinear_pointwise(numbers_TK, 1.0, 0, *weights, None, 1.0, 0, torch.float32, "none", [], "")
+        sums_TN = torch.ops.onednn.qlinear_pointwise(numbers_TK, 1.0, 128, *weights, None, 1.0, 0, torch.float32, "none", [], "")
         return native.scale(sums_TN, scale_T, self._bias_N, input.dtype).view(*input.shape[:-1], -1)
 
 

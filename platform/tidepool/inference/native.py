@@ -60,13 +60,13 @@ def attend(
 
 
 def quantize(input_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row as integers from -127 to 127 (int8) and their scale (T, float32)."""
+    """Each row as integers from 1 to 255, 128 for 0 (uint8), and their scale (T, float32)."""
     loaded = library()
     if loaded is None or input_TK.dtype not in _SUFFIXES:
         scale_T = input_TK.abs().amax(dim=1).float().clamp(min=1e-30) / 127
-        return (input_TK.float() / scale_T[:, None]).round().to(torch.int8), scale_T
+        return ((input_TK.float() / scale_T[:, None]).round() + 128).to(torch.uint8), scale_T
     input_TK = input_TK.contiguous()
-    numbers_TK, scale_T = torch.empty(input_TK.shape, dtype=torch.int8), torch.empty(len(input_TK))
+    numbers_TK, scale_T = torch.empty(input_TK.shape, dtype=torch.uint8), torch.empty(len(input_TK))
     function = getattr(loaded, f"quantize_{_SUFFIXES[input_TK.dtype]}")
     function(input_TK.data_ptr(), numbers_TK.data_ptr(), scale_T.data_ptr(), *input_TK.shape, torch.get_num_threads())
     return numbers_TK, scale_T
