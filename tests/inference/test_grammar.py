@@ -5,7 +5,7 @@ import json
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -456,10 +456,11 @@ class Trials:
 
 
 @pytest.fixture
-def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
+def trials(monkeypatch: pytest.MonkeyPatch) -> Iterator[Trials]:
     made = Trials(grammar_module._try)
     monkeypatch.setattr(grammar_module, "_try", made)
-    return made
+    yield made
+    made.may_go.set()  # also for a test that failed, whose thread would keep the process
 
 
 def test_the_event_loop_goes_on_while_a_grammar_is_compiled_once_for_all(byte_level: Any, trials: Trials) -> None:
