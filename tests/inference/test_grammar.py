@@ -215,6 +215,16 @@ def test_every_text_of_a_schema_can_be_written(grammars: Grammars, byte_level: A
         state.append(token)
 
 
+def test_white_space_comes_to_an_end(grammars: Grammars, byte_level: Any) -> None:
+    state = SamplingState(asked(), (5,), grammar=compiled(grammars, json_schema=schema(type="object")))
+    space = byte_level(" ")["input_ids"][0]
+    state.append(byte_level("{")["input_ids"][0])
+    for _ in range(16):
+        assert space in allowed(state, len(byte_level) + PADDING)
+        state.append(space)
+    assert space not in allowed(state, len(byte_level) + PADDING)
+
+
 def test_a_finished_answer_may_only_end(grammars: Grammars, byte_level: Any) -> None:
     state = SamplingState(asked(), (5,), grammar=compiled(grammars, regex="ab"))
     for token in byte_level("ab")["input_ids"]:
