@@ -306,12 +306,22 @@ class EvaluationSpec(StoredSpec):
 
 
 class EngineSpec(Spec):
-    """Limits of one engine replica."""
+    """Limits of one engine replica.
 
-    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 16
+    `max_batch_size` answers run at once; a step computes up to `max_step_tokens` tokens of prompts and answers together (never fewer
+    than `max_batch_size`). `cache_gb`: memory for keys and values (10^9 bytes; default: what that many answers can use, and a share
+    of what is free at most). `weights`: `auto` is fp32 on a CPU and bf16 on a GPU; `int8` rounds the weights, on CPUs. `batch_invariant`: a
+    request gets the same bits in any company, more slowly; on CPUs, without adapters.
+    """
+
+    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
+    max_step_tokens: Count = 512
     max_sequence_length: Count | None = None
     max_queued_requests: Count = 256
     max_adapters: Count = 32
+    cache_gb: Annotated[float, Field(gt=0)] | None = None
+    weights: Literal["auto", "fp32", "bf16", "int8"] = "auto"
+    batch_invariant: bool = False
     threads: Count = 1
 
 

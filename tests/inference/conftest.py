@@ -12,7 +12,7 @@ import torch
 
 from tests.models.conftest import CONFIGS, TEXT
 from tidepool.inference import GenerationRequest, Output, SamplingParameters
-from tidepool.inference.batched import BatchedEngine
+from tidepool.inference.paged import PagedEngine
 from tidepool.models import ModelSource, add_lora, attach_adapter, build_model, export_adapter, train_tokenizer
 from tidepool.specs import EngineSpec, LoraSpec
 
@@ -20,7 +20,7 @@ BASE = ModelSource("tides@3", "ab" * 32)
 MISTRAL = {**CONFIGS["llama"], "model_type": "mistral", "sliding_window": 8}
 NAMES = {"one": "01" * 32, "two": "02" * 32, "three": "03" * 32}
 
-Play = Callable[[BatchedEngine], Awaitable[None]]
+Play = Callable[[PagedEngine], Awaitable[None]]
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +66,9 @@ def attach(present: Any, folder: Path, name: str) -> Any:
 
 
 @asynccontextmanager
-async def engine_of(model: Any, tokenizer: Any, attach: Any = attach, **limits: Any) -> AsyncIterator[BatchedEngine]:
+async def engine_of(model: Any, tokenizer: Any, attach: Any = attach, **limits: Any) -> AsyncIterator[PagedEngine]:
     """An engine, which at the end must have forgotten all of its requests."""
-    engine = BatchedEngine(model, tokenizer, EngineSpec(**limits), attach)
+    engine = PagedEngine(model, tokenizer, EngineSpec(**limits), attach)
     try:
         yield engine
         stats = engine.stats()
@@ -97,7 +97,7 @@ async def collect(stream: AsyncIterator[Output]) -> list[Output]:
     return [output async for output in stream]
 
 
-async def answer(engine: BatchedEngine, asked: GenerationRequest) -> tuple[int, ...]:
+async def answer(engine: PagedEngine, asked: GenerationRequest) -> tuple[int, ...]:
     """The tokens of a whole answer."""
     return tokens_of(await collect(engine.submit(asked)))
 

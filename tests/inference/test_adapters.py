@@ -11,7 +11,7 @@ import torch
 
 from tests.inference.conftest import BASE, NAMES, answer, attach, collect, endless, request, run, tokens_of
 from tidepool.errors import BaseMismatchError, EngineBusyError, ModelError, RequestError
-from tidepool.inference.batched import BatchedEngine
+from tidepool.inference.paged import PagedEngine
 from tidepool.models import attach_adapter
 
 ONE, TWO, THREE = NAMES.values()
@@ -42,7 +42,7 @@ def greedy(name: str, adapter: str | None, max_tokens: int = 12) -> Any:
 def test_base_and_adapters_in_flight_at_once_answer_as_alone(
     llama: Any, tokenizer: Any, adapters: dict[str, Path], expected: dict[str | None, tuple[int, ...]]
 ) -> None:
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         assert await answer(engine, greedy("base", None)) == expected[None]
         for digest, folder in adapters.items():
             await engine.load_adapter(digest, folder)
@@ -60,12 +60,12 @@ def test_the_base_computes_the_same_bits_whatever_was_loaded(llama: Any, tokeniz
     seen: list[torch.Tensor] = []
     llama.register_forward_hook(lambda _model, _inputs, output: seen.append(output.logits.clone()))
 
-    async def base_logits(engine: BatchedEngine) -> torch.Tensor:
+    async def base_logits(engine: PagedEngine) -> torch.Tensor:
         seen.clear()
         await answer(engine, greedy("base", None))
         return torch.cat(seen)
 
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         before = await base_logits(engine)
         await engine.load_adapter(ONE, adapters[ONE])
         assert (await base_logits(engine)).equal(before)
@@ -84,7 +84,7 @@ def test_the_base_computes_the_same_bits_whatever_was_loaded(llama: Any, tokeniz
 def test_adapters_come_and_go_while_requests_go_on(
     llama: Any, tokenizer: Any, adapters: dict[str, Path], expected: dict[str | None, tuple[int, ...]]
 ) -> None:
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         base = engine.submit(greedy("base", None))
         found = [await anext(base)]
         await engine.load_adapter(ONE, adapters[ONE])
@@ -107,7 +107,7 @@ def test_adapters_come_and_go_while_requests_go_on(
 def test_dropping_waits_for_requests_in_flight_and_takes_no_new_ones(llama: Any, tokenizer: Any, adapters: dict[str, Path]) -> None:
     endless(llama, tokenizer)
 
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         await engine.load_adapter(ONE, adapters[ONE])
         stream = engine.submit(greedy("one", ONE, 30))
         await anext(stream)
@@ -129,7 +129,7 @@ def test_dropping_waits_for_requests_in_flight_and_takes_no_new_ones(llama: Any,
 def test_an_adapter_loaded_again_while_it_is_being_dropped_stays(llama: Any, tokenizer: Any, adapters: dict[str, Path]) -> None:
     endless(llama, tokenizer)
 
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         await engine.load_adapter(ONE, adapters[ONE])
         stream = engine.submit(greedy("one", ONE, 10))
         drop = asyncio.create_task(engine.drop_adapter(ONE))
@@ -148,7 +148,7 @@ def test_an_adapter_dropped_loaded_and_dropped_again_outlives_its_last_request(
 ) -> None:
     endless(llama, tokenizer)
 
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         await engine.load_adapter(ONE, adapters[ONE])
         first = engine.submit(greedy("first", ONE, 5))
         drops = [asyncio.create_task(engine.drop_adapter(ONE))]
@@ -166,7 +166,7 @@ def test_an_adapter_dropped_loaded_and_dropped_again_outlives_its_last_request(
 def test_the_least_recently_used_idle_adapter_makes_room(llama: Any, tokenizer: Any, adapters: dict[str, Path]) -> None:
     endless(llama, tokenizer)
 
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         await engine.load_adapter(ONE, adapters[ONE])
         await engine.load_adapter(TWO, adapters[TWO])
         await answer(engine, greedy("one", ONE))
@@ -188,7 +188,7 @@ def test_the_least_recently_used_idle_adapter_makes_room(llama: Any, tokenizer: 
 def test_an_adapter_that_cannot_be_loaded_changes_nothing(
     llama: Any, tokenizer: Any, adapters: dict[str, Path], tmp_path: Path, expected: dict[str | None, tuple[int, ...]]
 ) -> None:
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         with pytest.raises(ModelError):
             await engine.load_adapter(TWO, tmp_path)
         await engine.load_adapter(ONE, adapters[ONE])
@@ -209,7 +209,7 @@ def test_an_adapter_that_cannot_be_loaded_changes_nothing(
 
 
 def test_a_load_that_fails_pushes_no_other_adapter_out(llama: Any, tokenizer: Any, adapters: dict[str, Path], tmp_path: Path) -> None:
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         await engine.load_adapter(ONE, adapters[ONE])
         with pytest.raises(ModelError):
             await engine.load_adapter(TWO, tmp_path)
@@ -227,7 +227,7 @@ def test_a_load_whose_caller_leaves_is_finished(llama: Any, tokenizer: Any, adap
         go_on.wait()
         return attach(present, folder, name)
 
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         load = asyncio.create_task(engine.load_adapter(ONE, adapters[ONE]))
         await asyncio.to_thread(started.wait)
         load.cancel()

@@ -4,7 +4,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from tidepool.inference.detokenizer import Detokenizer
@@ -29,6 +29,18 @@ def test_pieces_of_any_text_are_whole_characters_and_make_the_text(tokenizer: An
 @given(tokens=st.lists(st.integers(0, 299)))
 def test_pieces_of_any_tokens_make_what_the_tokenizer_decodes(tokenizer: Any, tokens: list[int]) -> None:
     tokens = [token % len(tokenizer) for token in tokens]
+    assert "".join(pieces(tokenizer, tokens)) == tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+@FIXTURES_ARE_CONSTANT
+@given(tokens=st.lists(st.integers(0, 309), max_size=20))
+def test_bytes_that_make_no_character_are_replaced_as_the_tokenizer_does(tokens: list[int]) -> None:
+    """Tokens that are single bytes, in any order; tokens added as they are written; special ones; numbers that are no token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    raw = Tokenizer(models.BPE(vocab={character: index for index, character in enumerate(alphabet)}, merges=[]))
+    raw.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, additional_special_tokens=["<|x|>"])
+    tokenizer.add_tokens(["tide pool", "é🌊", "Ġ"])
     assert "".join(pieces(tokenizer, tokens)) == tokenizer.decode(tokens, skip_special_tokens=True)
 
 

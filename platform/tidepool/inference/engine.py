@@ -1,7 +1,7 @@
 """What an engine is: five calls, and the messages that travel through them.
 
-Five, because that is all a server has to ask of whatever computes tokens (our batched engine, later a paged one, or
-another project's): take a request and stream its tokens, stop one, make an adapter usable, forget one, and tell how busy
+Five, because that is all a server has to ask of whatever computes tokens (our paged engine, or another
+project's): take a request and stream its tokens, stop one, make an adapter usable, forget one, and tell how busy
 it is. Which model is behind it is decided when it is built. Knows no Ray, no HTTP and no names: adapters go by digest.
 """
 
@@ -10,51 +10,62 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
+from tidepool.inference.log_probabilities import TokenLogprobs
+from tidepool.inference.sampling_parameters import SamplingParameters
+
 FinishReason = Literal["stop", "length", "cancelled"]
 
 
 @dataclass(frozen=True)
-class SamplingParameters:
-    """How tokens are chosen. `temperature` 0 takes the most likely one; `seed` makes the draws of a request repeatable."""
-
-    max_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class GenerationRequest:
-    """A prompt of at least one token to continue, with the adapter of this digest (None: the base model alone)."""
+    """A prompt of at least one token to continue, with the adapter of this digest (None: the base model alone).
+
+    Requests with the same adapter and `fairness_key` share what one client gets of a busy engine.
+    """
 
     request_id: str
     prompt_tokens: tuple[int, ...]
     sampling: SamplingParameters
     adapter: str | None = None
+    fairness_key: str = ""
 
 
 @dataclass(frozen=True)
 class Output:
-    """What a request produced since its last output: tokens, and the text that is certain now.
+    """What an answer of a request got since its last output: tokens, and the text that is certain now.
 
-    Texts put together are the whole answer: valid UTF-8, without stop strings and special tokens. The last output alone
-    has a `finish_reason`.
+    Texts put together are the whole answer: valid UTF-8, without stop strings and special tokens. The last output of each answer
+    alone has a `finish_reason`. `logprobs` has one entry for each of `token_ids`, if the request asks for them; `prompt_logprobs`, in
+    the first output of answer 0, one for each token of the prompt (None for the first).
     """
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason | None = None
+    answer: int = 0
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """How busy an engine is now; `num_generated_tokens` counts from its start. `adapters`: digests that are loaded."""
+    """How busy an engine is now, in answers; `adapters`: digests that are loaded. The rest is counted from its start.
+
+    A step is one turn of the engine; `num_chunks` are prompts' pieces but for the last of each; `num_prefix_hits` answers began with
+    `num_prefix_tokens` that were in the cache.
+    """
 
     num_running: int
     num_queued: int
     num_generated_tokens: int
     adapters: tuple[str, ...]
+    num_steps: int = 0
+    num_chunks: int = 0
+    num_preemptions: int = 0
+    num_prefix_hits: int = 0
+    num_prefix_tokens: int = 0
+    num_free_blocks: int = 0
+    num_blocks: int = 0
 
 
 class Engine(Protocol):

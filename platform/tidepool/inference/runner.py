@@ -2,10 +2,13 @@
 
 Invariants:
 - The base model computes as if no adapter had ever been loaded; an adapter as if it were the only one.
-- A failure ends the sequences that were being computed, and no others: a failed prefill that sequence alone.
+- A failure ends the sequences that were being computed with it (those with the same adapter in this step), and no others.
 """
 
 import inspect
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Protocol, cast
 
@@ -15,15 +18,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tidepool.errors import ModelError
-from tidepool.inference.batch import Batch
-from tidepool.inference.engine import Output
-from tidepool.inference.schedule import Group
-from tidepool.inference.sequence import Sequence
+from tidepool.inference import native
+from tidepool.inference.attention import Cache, check_attention, pack, pack_alone
+from tidepool.inference.log_probabilities import TokenLogprobs, prompt_logprobs
+from tidepool.inference.sampler import Sampler, SamplingState
+from tidepool.inference.scheduler import Chunk
 
-_INPUTS = {"attention_mask", "position_ids", "past_key_values", "logits_to_keep"}
+_INPUTS = {"position_ids", "logits_to_keep"}
 _ATTENTIONS = {"full_attention", "sliding_attention"}
-
-Result = tuple[Sequence, Output | Exception]
 
 
 class Attach(Protocol):
@@ -32,44 +34,62 @@ class Attach(Protocol):
     def __call__(self, model: PreTrainedModel | PeftModel, folder: Path, name: str, /) -> PeftModel: ...
 
 
-class ModelRunner:
-    """A base model and its adapters. Raises `ModelError` for a model whose tokens cannot be cached in batches."""
+@dataclass(frozen=True)
+class Computed:
+    """What a step made of a chunk: the next token if it was the sequence's last chunk, and the log-probabilities that were asked for."""
 
-    def __init__(self, model: PreTrainedModel, attach: Attach) -> None:
+    chunk: Chunk
+    token: int | None = None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    error: Exception | None = None
+
+
+class ModelRunner:
+    """A base model, its adapters, and the cache. Raises `ModelError` for a model that it cannot run."""
+
+    def __init__(self, model: PreTrainedModel, attach: Attach, block_size: int, batch_invariant: bool = False) -> None:
         _check(model)
+        if batch_invariant and (model.device.type != "cpu" or native.library() is None):
+            raise ModelError("engine.batch_invariant needs a CPU and a C compiler: install one, or leave it out.")
+        self._batch_invariant = batch_invariant
         self._base = model
+        self._shapes = check_attention(model)
+        self._block_size = block_size
+        self._cache: Cache | None = None
         self._adapted: PeftModel | None = None
         self._attach = attach
         self._selected: str | None = None
+        self._sampler = Sampler()
+
+    @property
+    def block_size_bytes(self) -> int:
+        """What a block takes of memory, in all layers."""
+        itemsize: int = self._base.dtype.itemsize
+        return self._block_size * sum(one.num_floats for one in self._shapes) * itemsize
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the cache; its memory is taken as it is used."""
+        self._cache = Cache(self._shapes, num_blocks, self._block_size, self._base.dtype, self._base.device)
 
     @torch.inference_mode()
-    def take_turn(self, group: Group, sequences: list[Sequence]) -> list[Result]:
-        """The next token of each sequence that has been prefilled, and the first one of the oldest that has not.
-
-        One prompt a turn, so that those who are reading never wait for more than that.
-        """
-        old = [sequence for sequence in sequences if sequence in group.batch]
-        new = [sequence for sequence in sequences if sequence not in old][:1]
-        results: list[Result] = []
-        try:
-            self._select(group.adapter)
-            if old:
-                results += _advance(old, group.batch.decode(self._base, old))
-            else:
-                group.batch = Batch()
-        except Exception as error:  # noqa: BLE001 whatever the model raises, the engine must serve the requests after these
-            group.batch = Batch()  # gives the memory back at once, which may be what was missing
-            results = [(sequence, error) for sequence in old]
-        try:
-            self._select(group.adapter)
-            if new:
-                results += _advance(new, group.batch.prefill(self._base, new[0])[None])
-        except Exception as error:  # noqa: BLE001 as above; the others in the batch are untouched
-            results += [(sequence, error) for sequence in new]
+    def run(self, chunks: Items[Chunk]) -> list[Computed]:
+        """Compute a step, one adapter after the other."""
+        results: list[Computed] = []
+        by_adapter = sorted(chunks, key=lambda chunk: chunk.sequence.adapter or "")
+        for adapter, group in groupby(by_adapter, key=lambda chunk: chunk.sequence.adapter):
+            ordered = sorted(group, key=lambda chunk: chunk.end - chunk.start > 1)
+            try:
+                self._select(adapter)
+                results += self._compute(ordered)
+            except Exception as error:  # noqa: BLE001 whatever the model raises, the engine must serve the requests after these
+                results += [Computed(chunk, error=error) for chunk in ordered]
         return results
 
     def attach(self, digest: str, folder: Path) -> None:
         """Load an adapter. Raises `ModelError`, and then the model is as it was."""
+        if self._batch_invariant:
+            raise ModelError("engine.batch_invariant is for a base without adapters: serve this one without it.")
         model = self._base if self._adapted is None else self._adapted
         try:
             self._adapted = self._attach(model, folder, digest)
@@ -90,6 +110,38 @@ class ModelRunner:
         self._selected = None
         self._disable()
 
+    # --- A forward pass ----------------------------------------------------------------------------------------------
+
+    def _compute(self, chunks: list[Chunk]) -> list[Computed]:
+        """One forward pass over chunks of the same adapter, those of one token first, and the tokens that follow from it."""
+        assert self._cache is not None
+        ragged = pack_alone(chunks, self._cache) if self._batch_invariant else pack(chunks, self._cache, self._base.device)
+        rows, spans = _wanted(chunks)
+        logits_NV = self._base(
+            input_ids=ragged.tokens_1T,
+            position_ids=ragged.positions_1T,
+            use_cache=False,
+            logits_to_keep=torch.tensor(rows or [0], device=self._base.device),
+            paged=ragged,
+        ).logits[0]
+        prompts = {index: _prompt_logprobs(chunks[index], logits_NV[first:last]) for index, (first, last) in spans.items()}
+        answering = [index for index, chunk in enumerate(chunks) if chunk.is_last]
+        sampled = None
+        if answering:
+            logits_BV = logits_NV if len(rows) == len(answering) else logits_NV[_last_rows(chunks, spans)]
+            sampled = self._sampler.sample(logits_BV, [_sampling(chunks[index]) for index in answering])
+        row_of = {index: row for row, index in enumerate(answering)}
+        results = []
+        for index, chunk in enumerate(chunks):
+            row = row_of.get(index)
+            if row is None or sampled is None:
+                results.append(Computed(chunk, prompt_logprobs=prompts.get(index, ())))
+            elif row in sampled.errors:
+                results.append(Computed(chunk, error=sampled.errors[row]))
+            else:
+                results.append(Computed(chunk, sampled.tokens[row], sampled.logprobs.get(row), prompts.get(index, ())))
+        return results
+
     def _select(self, adapter: str | None) -> None:
         if adapter == self._selected:
             return
@@ -106,17 +158,59 @@ class ModelRunner:
             self._adapted.base_model.disable_adapter_layers()
 
 
-def _advance(sequences: list[Sequence], logits_BV: Tensor) -> list[Result]:
-    return [(sequence, sequence.advance(logits_V)) for sequence, logits_V in zip(sequences, logits_BV, strict=True)]
+def _sampling(chunk: Chunk) -> SamplingState:
+    assert chunk.sequence.sampling is not None
+    return chunk.sequence.sampling
+
+
+def _wanted(chunks: list[Chunk]) -> tuple[list[int], dict[int, tuple[int, int]]]:
+    """The tokens of the row whose logits are wanted, and where those of prompts' log-probabilities stand among them, by chunk."""
+    rows: list[int] = []
+    spans: dict[int, tuple[int, int]] = {}
+    first = 0
+    for index, chunk in enumerate(chunks):
+        length = chunk.end - chunk.start
+        if chunk.sequence.prompt_logprobs is not None and chunk.start < chunk.sequence.num_prompt:
+            spans[index] = (len(rows), len(rows) + length)
+            rows += range(first, first + length)
+        elif chunk.is_last:
+            rows.append(first + length - 1)
+        first += length
+    return rows, spans
+
+
+def _last_rows(chunks: list[Chunk], spans: dict[int, tuple[int, int]]) -> list[int]:
+    """Where the logits of each last token stand among the wanted ones."""
+    found, next_row = [], 0
+    for index, chunk in enumerate(chunks):
+        num_rows = spans[index][1] - spans[index][0] if index in spans else int(chunk.is_last)
+        next_row += num_rows
+        if chunk.is_last:
+            found.append(next_row - 1)
+    return found
+
+
+def _prompt_logprobs(chunk: Chunk, logits_NV: Tensor) -> tuple[TokenLogprobs, ...]:
+    """Of the prompt's tokens that follow those of the chunk."""
+    sequence = chunk.sequence
+    assert sequence.prompt_logprobs is not None
+    following = sequence.tokens[chunk.start + 1 : min(chunk.end + 1, sequence.num_prompt)]
+    if not following:
+        return ()
+    return tuple(prompt_logprobs(logits_NV[: len(following)], following, sequence.prompt_logprobs))
 
 
 def _check(model: PreTrainedModel) -> None:
     kind = model.config.model_type
     if absent := sorted(_INPUTS - set(inspect.signature(model.forward).parameters)):
-        raise ModelError(f"The batched engine cannot run a {kind} model: it takes no {', '.join(absent)}. Serve another model.")
+        raise ModelError(f"The engine cannot run a {kind} model: it takes no {', '.join(absent)}. Serve another model.")
     kinds = set(cast(list[str], getattr(model.config.get_text_config(), "layer_types", None) or []))
     if getattr(model, "_is_stateful", False) or not kinds <= _ATTENTIONS:
         raise ModelError(
-            f"The batched engine cannot run a {kind} model: not all of its layers are full or sliding attention, and it caches "
+            f"The engine cannot run a {kind} model: not all of its layers are full or sliding attention, and it caches "
             "keys and values alone. Serve another model."
         )
+    if model.config.is_encoder_decoder:
+        raise ModelError(f"The engine cannot run a {kind} model: it has an encoder. Serve another model.")
+    if not getattr(model, "_supports_attention_backend", False):
+        raise ModelError(f"The engine cannot run a {kind} model: its attention cannot be replaced in transformers. Serve another model.")

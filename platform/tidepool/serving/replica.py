@@ -20,8 +20,10 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from tidepool.errors import BaseMismatchError, ModelError, RegistryError, RequestError
-from tidepool.inference.batched import BatchedEngine
-from tidepool.inference.engine import Engine, GenerationRequest, SamplingParameters
+from tidepool.inference.engine import Engine, GenerationRequest
+from tidepool.inference.linear import weights_dtype
+from tidepool.inference.paged import PagedEngine
+from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.models import ModelSource, attach_adapter, cache_folder, fetch_model, load_model, load_tokenizer
 from tidepool.registry import ModelVersion, Registry
 from tidepool.serving.backend import Call, ContextLengthError, Frame, Message, Prompt, Started
@@ -115,13 +117,13 @@ class Replica:
 
 
 def load_replica(store_url: str, base: ModelSource, spec: EngineSpec, device: Literal["cpu", "cuda"]) -> Replica:
-    """Fetch a base model and load it into an engine: bfloat16 on a GPU, float32 on the CPU. Raises `ModelError`, `StoreError`."""
+    """Fetch a base model and load it into an engine. Raises `ModelError`, `StoreError`."""
     if device == "cuda" and not torch.cuda.is_available():
         raise ModelError("The replica was given a GPU and torch finds none: install torch for CUDA, or set gpus_per_replica to 0.")
     torch.set_num_threads(spec.threads)
     store = open_store(store_url)
     folder = fetch_model(base, store, cache_folder())
-    model = load_model(folder, torch.bfloat16 if device == "cuda" else torch.float32).to(device)
+    model = load_model(folder, weights_dtype(spec.weights, device)).to(device)
     tokenizer = load_tokenizer(folder)
-    engine = BatchedEngine(model, tokenizer, spec, lambda present, path, name: attach_adapter(present, path, name, base.digest))
+    engine = PagedEngine(model, tokenizer, spec, lambda present, path, name: attach_adapter(present, path, name, base.digest))
     return Replica(engine, tokenizer, base.digest, Registry(store), cache_folder(), engine.context_length)

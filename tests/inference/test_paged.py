@@ -1,29 +1,20 @@
-"""The batched engine on real models: the same tokens alone and in company, and every way in which a request can end."""
+"""The paged engine on real models: steps, and every way in which a request can end. `test_identity` has the tokens of all families."""
 
 import asyncio
 import gc
-import random
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.inference.conftest import BASE, answer, collect, endless, engine_of, request, run, text_of, tokens_of
+from tests.inference.conftest import answer, collect, endless, engine_of, request, run, text_of, tokens_of
+from tests.inference.families import Reference
 from tidepool.errors import EngineBusyError, ModelError, RequestError
-from tidepool.inference.batched import BatchedEngine
-from tidepool.specs import EngineSpec
+from tidepool.inference.paged import PagedEngine
 
 PROMPTS = [[40, 41, 42], [7] * 30, [100], list(range(60, 77)), [50, 3, 50, 3, 50], list(range(200, 160, -1))]
-
-
-@torch.no_grad()
-def generate(model: Any, prompt: list[int], max_tokens: int) -> tuple[int, ...]:
-    """What transformers makes of a prompt."""
-    tokens = torch.tensor([prompt])
-    answered = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=max_tokens, do_sample=False)
-    return tuple(answered[0, len(prompt) :].tolist())
 
 
 class Gate:
@@ -31,13 +22,11 @@ class Gate:
 
     def __init__(self, model: Any) -> None:
         self._permits, self._arrivals = threading.Semaphore(0), threading.Semaphore(0)
-        self.shapes: list[tuple[int, int]] = []
         self.lengths: list[int] = []
         model.register_forward_pre_hook(self._wait, with_kwargs=True)
 
     def _wait(self, _model: Any, _inputs: Any, named: dict[str, Any]) -> None:
-        self.shapes.append(tuple(named["input_ids"].shape))
-        self.lengths.append(named["attention_mask"].shape[1])
+        self.lengths.append(named["input_ids"].shape[1])
         self._arrivals.release()
         self._permits.acquire()
 
@@ -48,24 +37,12 @@ class Gate:
         self._permits.release(10_000)
 
 
-def test_greedy_tokens_are_those_of_transformers_alone_and_in_company(model: Any, tokenizer: Any) -> None:
-    lengths = [20, 5, 33, 12, 26, 9]
-    expected = [generate(model, prompt, length) for prompt, length in zip(PROMPTS, lengths, strict=True)]
-    asked = [request(prompt, length, f"r{index}") for index, (prompt, length) in enumerate(zip(PROMPTS, lengths, strict=True))]
-
-    async def alone_then_together(engine: BatchedEngine) -> None:
-        assert [await answer(engine, one) for one in asked] == expected
-        assert await asyncio.gather(*(answer(engine, one) for one in asked)) == expected
-        assert await asyncio.gather(*(answer(engine, one) for one in reversed(asked))) == expected[::-1]
-
-    run(model, tokenizer, alone_then_together, max_batch_size=4)
-
-
 def test_a_request_that_joins_late_changes_nothing_and_does_not_wait_for_a_long_one(model: Any, tokenizer: Any) -> None:
     endless(model, tokenizer)
-    expected = [generate(model, PROMPTS[2], 80), generate(model, PROMPTS[5], 4), generate(model, PROMPTS[0], 4)]
+    reference = Reference(model)
+    expected = [reference.answer(PROMPTS[2], 80), reference.answer(PROMPTS[5], 4), reference.answer(PROMPTS[0], 4)]
 
-    async def late(engine: BatchedEngine) -> None:
+    async def late(engine: PagedEngine) -> None:
         first = engine.submit(request(PROMPTS[2], 80, "long"))
         start = [await anext(first) for _ in range(5)]
         short = [await answer(engine, request(PROMPTS[5], 4, "s1")), await answer(engine, request(PROMPTS[0], 4, "s2"))]
@@ -75,64 +52,17 @@ def test_a_request_that_joins_late_changes_nothing_and_does_not_wait_for_a_long_
     run(model, tokenizer, late)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_greedy_tokens_are_the_same_in_any_traffic(model: Any, tokenizer: Any, seed: int) -> None:
-    rng = random.Random(seed)
-    prompts = [[rng.randrange(300) for _ in range(rng.randint(1, 50))] for _ in range(12)]
-    lengths = [rng.randint(1, 40) for _ in prompts]
-    expected = [generate(model, prompt, length) for prompt, length in zip(prompts, lengths, strict=True)]
-
-    async def ask(engine: BatchedEngine, index: int, leave_after: int) -> None:
-        stream, found = engine.submit(request(prompts[index], lengths[index], f"r{index}")), []
-        async for output in stream:
-            found.append(output)
-            if len(found) == leave_after:
-                await stream.aclose()
-        assert tokens_of(found) == expected[index][:leave_after]
-
-    async def traffic(engine: BatchedEngine) -> None:
-        clock = engine.submit(request([5], 60, "clock"))
-        async with asyncio.TaskGroup() as group:
-            for index in range(len(prompts)):
-                group.create_task(ask(engine, index, rng.choice([1, 5, 1000])))
-                for _ in range(rng.randint(0, 3)):
-                    await anext(clock, None)
-        await collect(clock)
-
-    run(model, tokenizer, traffic, max_batch_size=4)
-
-
-def test_seeded_draws_do_not_depend_on_company(llama: Any, tokenizer: Any) -> None:
-    asked = [request(prompt, 15, f"r{seed}", None, 0.9, top_p=0.95, seed=seed) for seed, prompt in enumerate(PROMPTS)]
-
-    async def alone_then_together(engine: BatchedEngine) -> None:
-        alone = [await answer(engine, one) for one in asked]
-        assert await asyncio.gather(*(answer(engine, one) for one in asked)) == alone
-        assert await answer(engine, request(PROMPTS[0], 15, "r", None, 0.9, top_p=0.95, seed=99)) != alone[0]
-
-    run(llama, tokenizer, alone_then_together, max_batch_size=3)
-
-
-def test_prompts_are_computed_one_a_turn_and_rows_that_ended_no_more(llama: Any, tokenizer: Any) -> None:
+def test_a_step_has_a_token_of_each_who_answers_and_pieces_of_prompts(llama: Any, tokenizer: Any) -> None:
     gate = Gate(endless(llama, tokenizer))
     gate.open()
 
-    async def three(engine: BatchedEngine) -> None:
-        await asyncio.gather(*(answer(engine, request([9] * 5, length, f"r{length}")) for length in (4, 2, 5)))
+    async def three(engine: PagedEngine) -> None:
+        await asyncio.gather(*(answer(engine, request([9, *range(20, 28)], length, f"r{length}")) for length in (4, 2, 5)))
+        assert engine.stats().num_chunks == 2
 
-    run(llama, tokenizer, three)
-    assert gate.shapes == [(1, 5), (1, 1), (1, 5), (2, 1), (1, 5), (2, 1), (1, 1), (1, 1), (1, 1)]
-
-
-def test_the_cache_is_as_long_as_the_longest_row_that_is_left(llama: Any, tokenizer: Any) -> None:
-    gate = Gate(endless(llama, tokenizer))
-    gate.open()
-
-    async def two(engine: BatchedEngine) -> None:
-        await asyncio.gather(answer(engine, request([9] * 50, 3, "long")), answer(engine, request([9] * 4, 4, "short")))
-
-    run(llama, tokenizer, two)
-    assert gate.lengths == [50, 51, 4, 52, 6, 7]
+    run(llama, tokenizer, three, max_batch_size=4, max_step_tokens=10)
+    # 9 + 1, 1 + 8 + 1, 1 + 1 + 8: the second one answers twice, the others go on.
+    assert gate.lengths == [10, 10, 10, 2, 1, 1, 1]
 
 
 # --- How a request ends ----------------------------------------------------------------------------------------------
@@ -155,7 +85,7 @@ def say(model: Any, tokenizer: Any, text: str, max_tokens: int = 100, stop: tupl
     model.lm_head = Scripted(tokens, len(tokenizer))
     found: list[Any] = []
 
-    async def ask(engine: BatchedEngine) -> None:
+    async def ask(engine: PagedEngine) -> None:
         found.extend(await collect(engine.submit(request([5, 6], max_tokens, stop=stop))))
 
     run(model, tokenizer, ask)
@@ -199,7 +129,7 @@ def test_an_answer_cut_within_a_character_is_still_valid_text(llama: Any, tokeni
 def test_the_context_bounds_prompt_and_answer_together(model: Any, tokenizer: Any) -> None:
     endless(model, tokenizer)
 
-    async def fill(engine: BatchedEngine) -> None:
+    async def fill(engine: PagedEngine) -> None:
         outputs = await collect(engine.submit(request([5] * 100, 1000)))
         assert (len(outputs), outputs[-1].finish_reason) == (28, "length")
         assert len(await collect(engine.submit(request([5] * 127, 1000)))) == 1
@@ -211,13 +141,14 @@ def test_the_context_bounds_prompt_and_answer_together(model: Any, tokenizer: An
 def test_a_cancelled_request_ends_at_once_and_frees_its_place(llama: Any, tokenizer: Any) -> None:
     gate = Gate(endless(llama, tokenizer))
 
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         running, waiting = (engine.submit(request([5], 1000, name)) for name in ("a", "b"))
         await gate.arrival()
+        assert (engine.stats().num_running, engine.stats().num_queued) == (1, 1)
         engine.cancel("a")
         engine.cancel("nobody")
         assert [output.finish_reason for output in await collect(running)] == ["cancelled"]
-        assert (engine.stats().num_running, engine.stats().num_queued) == (1, 0)
+        assert (engine.stats().num_running, engine.stats().num_queued) == (0, 1)
         again = engine.submit(request([6], 3, "a"))
         engine.cancel("b")
         assert (await collect(waiting))[-1].finish_reason == "cancelled"
@@ -231,7 +162,7 @@ def test_a_cancelled_request_ends_at_once_and_frees_its_place(llama: Any, tokeni
 def test_a_client_that_leaves_frees_its_place(llama: Any, tokenizer: Any, way: str) -> None:
     endless(llama, tokenizer)
 
-    async def leave(engine: BatchedEngine) -> None:
+    async def leave(engine: PagedEngine) -> None:
         stream = engine.submit(request([5], 100, "left"))
         await anext(stream)
         if way == "aclose":
@@ -285,44 +216,71 @@ def fail_once(model: Any, when: Any) -> None:
     model.register_forward_pre_hook(hook, with_kwargs=True)
 
 
-@pytest.mark.parametrize("phase", ["prefill", "decode", "layer"])
-def test_a_failure_ends_what_it_hit_and_nothing_else(llama: Any, tokenizer: Any, phase: str) -> None:
+@pytest.mark.parametrize("phase", ["start", "layer"])
+def test_a_failure_ends_what_was_computed_with_it_and_nothing_else(
+    llama: Any, tokenizer: Any, adapters: dict[str, Path], phase: str
+) -> None:
     endless(llama, tokenizer)
-    expected = [generate(llama, PROMPTS[0], 12), generate(llama, PROMPTS[3], 12)]
-    if phase == "layer":  # after the first layer's cache has grown
+    reference = Reference(llama)
+    expected = [reference.answer(PROMPTS[0], 12), reference.answer(PROMPTS[3], 12)]
+    one = next(iter(adapters))
+    if phase == "layer":  # after the first layer's keys and values have been written
         calls = []
         original = llama.model.layers[1].forward
 
         def forward(hidden: torch.Tensor, *rest: Any, **named: Any) -> Any:
-            if hidden.shape[:2] == (2, 1) and not calls:
+            if hidden.shape[:2] == (1, 40) and not calls:
                 calls.append(True)
                 raise RuntimeError("the device is on fire")
             return original(hidden, *rest, **named)
 
         llama.model.layers[1].forward = forward
     else:
-        fail_once(llama, lambda ids: ids.shape == ((1, 4) if phase == "prefill" else (2, 1)))
+        fail_once(llama, lambda ids: ids.shape == (1, 40))
 
-    async def scene(engine: BatchedEngine) -> None:
-        first, second = engine.submit(request(PROMPTS[0], 12, "a")), engine.submit(request([9, 8, 7, 6], 12, "b"))
+    async def scene(engine: PagedEngine) -> None:
+        await engine.load_adapter(one, adapters[one])
+        expected_of_one = await answer(engine, request(PROMPTS[3], 12, "alone", one))
+        first = engine.submit(request(PROMPTS[0], 12, "a"))
+        begun = await anext(first)
+        other = engine.submit(request(PROMPTS[3], 12, "o", one))
+        second = engine.submit(request([*PROMPTS[0], *range(20, 56)], 12, "b"))
         late = engine.submit(request(PROMPTS[3], 12, "c"))
-        with pytest.raises(RuntimeError, match="on fire"):
-            await collect(second)
-        if phase == "prefill":
-            assert tokens_of(await collect(first)) == expected[0]
-        else:
+        for stream in (second, first):
             with pytest.raises(RuntimeError, match="on fire"):
-                await collect(first)
+                await collect(stream)
+        assert tokens_of(await collect(other)) == expected_of_one
+        assert tokens_of([begun]) == expected[0][:1]
         assert tokens_of(await collect(late)) == expected[1]
-        assert await answer(engine, request(PROMPTS[0])) == expected[0]
+        # Nothing of what failed is found again.
+        again = [*PROMPTS[0], *range(20, 56)]
+        reference.check(again, 12, await answer(engine, request(again)))
 
-    run(llama, tokenizer, scene)
+    run(
+        llama, tokenizer, scene, max_batch_size=8, max_step_tokens=41
+    )  # the prompt that fails, a token of the first, and the end of the other's
+
+
+def test_a_fault_of_the_engine_leaves_nobody_waiting(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene() -> None:
+        async with engine_of(endless(llama, tokenizer), tokenizer, max_batch_size=1) as engine:
+            streams = [engine.submit(request([5], 50, name)) for name in "ab"]
+            await anext(streams[0])
+            monkeypatch.setattr(engine._scheduler, "complete", lambda _: 1 / 0)
+            for stream in streams:
+                with pytest.raises(ZeroDivisionError):
+                    await collect(stream)
+            monkeypatch.undo()
+            for sequence in [*engine._scheduler._running, *engine._scheduler._clients[None, ""].waiting]:
+                engine._scheduler.remove(sequence)  # so that the engine counts as idle for `engine_of`
+
+    asyncio.run(scene())
 
 
 def test_a_model_that_makes_no_numbers_is_an_error(llama: Any, tokenizer: Any) -> None:
     llama.lm_head.weight.data.fill_(torch.nan)
 
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         with pytest.raises(ModelError, match="not finite"):
             await answer(engine, request([5]))
 
@@ -349,7 +307,7 @@ def test_a_model_that_makes_no_numbers_is_an_error(llama: Any, tokenizer: Any) -
     ],
 )
 def test_what_can_never_be_served_is_refused_at_once(llama: Any, tokenizer: Any, asked: Any, message: str) -> None:
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         with pytest.raises(RequestError, match=message):
             engine.submit(asked)
 
@@ -357,7 +315,7 @@ def test_what_can_never_be_served_is_refused_at_once(llama: Any, tokenizer: Any,
 
 
 def test_an_id_in_use_is_refused_until_its_request_has_ended(llama: Any, tokenizer: Any) -> None:
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         stream = engine.submit(request([5], 2))
         with pytest.raises(RequestError, match="id r is in flight"):
             engine.submit(request([6]))
@@ -370,10 +328,11 @@ def test_an_id_in_use_is_refused_until_its_request_has_ended(llama: Any, tokeniz
 def test_a_full_queue_is_busy(llama: Any, tokenizer: Any) -> None:
     gate = Gate(llama)
 
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         streams = [engine.submit(request([5], 2, f"r{index}")) for index in range(5)]
+        await gate.arrival()
         assert (engine.stats().num_running, engine.stats().num_queued) == (2, 3)
-        with pytest.raises(EngineBusyError, match="2 requests are running and 3 waiting"):
+        with pytest.raises(EngineBusyError, match="2 answers are running and 3 waiting, and this engine takes 5 at most"):
             engine.submit(request([5], 2, "more"))
         gate.open()
         for stream in streams:
@@ -386,7 +345,7 @@ def test_a_full_queue_is_busy(llama: Any, tokenizer: Any) -> None:
 def test_the_event_loop_goes_on_while_the_model_computes(llama: Any, tokenizer: Any) -> None:
     gate = Gate(llama)
 
-    async def scene(engine: BatchedEngine) -> None:
+    async def scene(engine: PagedEngine) -> None:
         stream = engine.submit(request([5], 2))
         await gate.arrival()  # this runs while the forward pass stands still
         assert engine.stats().num_running == 1
@@ -394,28 +353,3 @@ def test_the_event_loop_goes_on_while_the_model_computes(llama: Any, tokenizer: 
         await collect(stream)
 
     run(llama, tokenizer, scene)
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ({"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}, "takes no .*position_ids"),
-        (
-            {
-                "model_type": "qwen3_next",
-                "hidden_size": 32,
-                "intermediate_size": 32,
-                "num_hidden_layers": 2,
-                "layer_types": ["linear_attention", "full_attention"],
-                "num_attention_heads": 2,
-                "num_key_value_heads": 1,
-                "num_experts": 0,
-            },
-            "full or sliding",
-        ),
-    ],
-)
-def test_a_model_that_is_not_attention_alone_is_refused(tokenizer: Any, config: dict[str, Any], message: str) -> None:
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config, vocab_size=300))
-    with pytest.raises(ModelError, match=message):
-        BatchedEngine(model, tokenizer, EngineSpec(max_sequence_length=64), lambda *_: pytest.fail(BASE.ref))

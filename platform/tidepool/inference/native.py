@@ -1,0 +1,139 @@
+"""What is computed in C (`attention.c`), compiled when it is first wanted and kept for the next time.
+
+Where there is no C compiler, or for tensors that it does not know, `can_attend` says so, and the caller computes with torch;
+`quantize` and `scale` compute with torch themselves then.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("attention.c")
+# Additions may be reordered once, when it is compiled; nothing is assumed of numbers that are not finite.
+_FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC", "-std=gnu11"]
+_FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+_SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+_COMPILE_TIMEOUT_S = 60
+_POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+_ARGUMENTS = {
+    "attend": [_POINTER, _LONG, _LONG, *[_POINTER] * 5, *[_INT] * 7, ctypes.c_float, _INT, _INT],
+    "quantize": [*[_POINTER] * 3, _LONG, _LONG, _INT],
+    "scale": [*[_POINTER] * 4, _LONG, _LONG, _INT],
+    "gate": [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT],
+    "norm": [*[_POINTER] * 3, _LONG, _LONG, ctypes.c_float, _INT, _INT],
+}
+
+
+def can_attend(query_DHK: Tensor, keys: Tensor) -> bool:
+    """Whether `attend` can compute this here."""
+    return (
+        query_DHK.device.type == "cpu" and query_DHK.dtype == keys.dtype in _SUFFIXES and query_DHK.stride(2) == 1 and library() is not None
+    )
+
+
+def attend(
+    query_DHK: Tensor, keys: Tensor, values: Tensor, blocks_DN: Tensor, lengths_D: Tensor, block_size: int, scale: float, window: int | None
+) -> Tensor:
+    """The attention of D queries, each over the first `lengths_D` tokens in its blocks, or the last `window` of them: (D, H, V)."""
+    loaded = library()
+    assert loaded is not None
+    num, num_heads, key_size = query_DHK.shape
+    output_DHV = torch.empty(num, num_heads, values.shape[2], dtype=query_DHK.dtype)
+    tensors = [one.data_ptr() for one in (keys, values, blocks_DN, lengths_D, output_DHV)]
+    sizes = [num, blocks_DN.shape[1], num_heads, keys.shape[1], key_size, values.shape[2], block_size]
+    function = getattr(loaded, f"attend_{_SUFFIXES[query_DHK.dtype]}")
+    strides = query_DHK.stride(0), query_DHK.stride(1)
+    if function(query_DHK.data_ptr(), *strides, *tensors, *sizes, scale, window or 0, torch.get_num_threads()):
+        raise MemoryError("No memory for the scores of attention: lower engine.max_sequence_length or engine.threads.")
+    return output_DHV
+
+
+def quantize(input_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row as integers from 1 to 255, 128 for 0 (uint8), and their scale (T, float32)."""
+    loaded = library()
+    if loaded is None or input_TK.dtype not in _SUFFIXES:
+        scale_T = input_TK.abs().amax(dim=1).float().clamp(min=1e-30) / 127
+        return ((input_TK.float() / scale_T[:, None]).round() + 128).to(torch.uint8), scale_T
+    input_TK = input_TK.contiguous()
+    numbers_TK, scale_T = torch.empty(input_TK.shape, dtype=torch.uint8), torch.empty(len(input_TK))
+    function = getattr(loaded, f"quantize_{_SUFFIXES[input_TK.dtype]}")
+    function(input_TK.data_ptr(), numbers_TK.data_ptr(), scale_T.data_ptr(), *input_TK.shape, torch.get_num_threads())
+    return numbers_TK, scale_T
+
+
+def scale(sums_TN: Tensor, scale_T: Tensor, bias_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums of products (float32, contiguous) times each row's scale, plus a bias."""
+    loaded = library()
+    if loaded is None or dtype not in _SUFFIXES:
+        return (sums_TN * scale_T[:, None] + bias_N).to(dtype)
+    output_TN = torch.empty(sums_TN.shape, dtype=dtype)
+    pointers = [one.data_ptr() for one in (sums_TN, scale_T, bias_N, output_TN)]
+    getattr(loaded, f"scale_{_SUFFIXES[dtype]}")(*pointers, *sums_TN.shape, torch.get_num_threads())
+    return output_TN
+
+
+def gate(input_TN: Tensor, kind: int) -> Tensor:
+    """The first half of each row through `silu` (kind 0) or `gelu_pytorch_tanh` (kind 1), times the second half. Needs `library()`."""
+    size = input_TN.shape[-1] // 2
+    output_TN = torch.empty(*input_TN.shape[:-1], size, dtype=input_TN.dtype)
+    function = getattr(library(), f"gate_{_SUFFIXES[input_TN.dtype]}")
+    function(input_TN.data_ptr(), output_TN.data_ptr(), input_TN.numel() // (2 * size), size, kind, torch.get_num_threads())
+    return output_TN
+
+
+def norm(input_TN: Tensor, weight_N: Tensor, epsilon: float, rounds_first: bool) -> Tensor:
+    """The root mean square norm of the last dimension, with float32 weights. Needs `library()`."""
+    input_TN = input_TN.contiguous()
+    size = input_TN.shape[-1]
+    output_TN = torch.empty_like(input_TN)
+    function = getattr(library(), f"norm_{_SUFFIXES[input_TN.dtype]}")
+    pointers = input_TN.data_ptr(), weight_N.data_ptr(), output_TN.data_ptr()
+    function(*pointers, input_TN.numel() // size, size, epsilon, rounds_first, torch.get_num_threads())
+    return output_TN
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where they cannot be compiled, which is said once."""
+    try:
+        loaded = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.warning("Attention is computed by torch, which is slower, since attention.c could not be compiled: %s", error)
+        return None
+    for name, arguments in _ARGUMENTS.items():
+        for suffix in _SUFFIXES.values():
+            getattr(loaded, f"{name}_{suffix}").argtypes = arguments
+    return loaded
+
+
+def _compiled() -> Path:
+    """The library's path; its name tells source, compiler flags and processor, so that nothing stale is ever loaded."""
+    text = _SOURCE.read_bytes() + " ".join(_FLAGS).encode() + _processor().encode()
+    folder = Path(os.environ.get("TIDEPOOL_CACHE") or Path.home() / ".cache" / "tidepool") / "compiled"
+    path = folder / f"attention-{hashlib.sha256(text).hexdigest()[:24]}.so"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / path.name
+            command = [os.environ.get("CC", "cc"), *_FLAGS, str(_SOURCE), "-o", str(built), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
+            built.replace(path)
+    return path
+
+
+def _processor() -> str:
+    """What `-march=native` means here."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    return next((line for line in lines if line.startswith("flags")), platform.processor() + platform.machine())

@@ -1,0 +1,343 @@
+"""The engine: continuous batching over a paged cache. `_drive` shows all of it: schedule, run, postprocess.
+
+The life of a request: (1) `submit` checks it and makes its answers, which wait in the scheduler; (2) the scheduler lets them run as
+places, blocks and fairness allow; (3) each step computes a piece of a prompt, or a token for everybody who answers; (4) its stream gets
+an output for each token; (5) a token, a stop string, its length, its client or a failure ends it, and its blocks are free at once.
+
+Invariants:
+- Everything here runs in the event loop; the model is touched only by the one compute thread, a step or a change of adapters at
+  a time. The loop never waits for it but with `await`.
+- A greedy or seeded request gets the same tokens alone and in any company, cut, preempted or found in the cache, but for what the
+  model's arithmetic owes to the shape of a batch: a near tie between two tokens.
+- A request whose client left, however it left, is computed no further than the step that is going on.
+- The text of a step's tokens is made while the next step computes.
+"""
+
+import asyncio
+import logging
+import weakref
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from tidepool.errors import EngineBusyError, RequestError
+from tidepool.inference.answer import Answer, find_end_tokens
+from tidepool.inference.blocks import Blocks
+from tidepool.inference.engine import EngineStats, FinishReason, GenerationRequest, Output
+from tidepool.inference.fused import fuse
+from tidepool.inference.grammar import CompiledGrammar, Grammars
+from tidepool.inference.limits import BLOCK_SIZE, context_length, num_blocks
+from tidepool.inference.linear import swap_linear_layers
+from tidepool.inference.runner import Attach, Computed, ModelRunner
+from tidepool.inference.scheduler import Scheduler
+from tidepool.inference.sequence import Sequence
+from tidepool.inference.stream import Stream
+from tidepool.specs import EngineSpec
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Live:
+    """A request that has not ended. Only its client holds the stream, so that the engine notices when nobody does."""
+
+    request: GenerationRequest
+    stream: weakref.ref[Stream]
+    answers: list[Answer] = field(default_factory=list)  # none before its grammar is there
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(frozen=True)
+class _Accepted:
+    """A token whose text is not made yet."""
+
+    live: _Live
+    answer: Answer
+    computed: Computed
+    reason: FinishReason | None
+
+
+class PagedEngine:
+    """An `Engine` of a model in eval mode, which nobody else may use from now on, and its tokenizer.
+
+    Raises `ModelError` for a model that it cannot run.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EngineSpec, attach: Attach) -> None:
+        self._tokenizer, self._spec = tokenizer, spec
+        self.context_length = context_length(model, spec)
+        """Tokens that a prompt and its answer have room for together."""
+        self._num_tokens = int(model.get_input_embeddings().weight.shape[0])
+        self._end_tokens = find_end_tokens(model, tokenizer)
+        self._grammars = Grammars(tokenizer, self._end_tokens, self._num_tokens)
+        self._runner = ModelRunner(model, attach, BLOCK_SIZE, spec.batch_invariant)
+        swap_linear_layers(model, spec.weights, spec.batch_invariant)
+        fuse(model)
+        self._blocks = Blocks(num_blocks(spec, self.context_length, self._runner.block_size_bytes, model.device), BLOCK_SIZE)
+        self._runner.allocate(self._blocks.num_blocks)
+        self._scheduler = Scheduler(self._blocks, spec.max_batch_size, max(spec.max_step_tokens, spec.max_batch_size))
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._live: dict[str, _Live] = {}
+        self._of_sequence: dict[Sequence, tuple[_Live, Answer]] = {}
+        self._driver: asyncio.Task[None] | None = None
+        self._num_generated_tokens = 0
+        self._is_closed = False
+        self._adapters: dict[str, None] = {}  # those that requests may use, the least recently used first
+        self._leaving: set[str] = set()  # those that only requests in flight use
+        self._tasks: set[asyncio.Task[None]] = set()  # grammars being compiled, changes of adapters
+        self._changing = asyncio.Lock()
+
+    # --- Requests ----------------------------------------------------------------------------------------------------
+
+    def submit(self, request: GenerationRequest) -> Stream:
+        """See `Engine.submit`."""
+        assert not self._is_closed
+        self._check(request)
+        if request.adapter is not None:
+            self._touch(request.adapter)
+        stream = Stream(request.sampling.n, lambda: self._end(live))
+        live = self._live[request.request_id] = _Live(request, weakref.ref(stream))
+        if request.sampling.json_schema is None and request.sampling.regex is None:
+            self._start(live, None)
+        else:
+            self._keep(self._start_with_grammar(live))
+        return stream
+
+    def cancel(self, request_id: str) -> None:
+        """See `Engine.cancel`."""
+        if live := self._live.get(request_id):
+            open_answers = [answer.number for answer in live.answers if not answer.is_over]
+            for number in open_answers if live.answers else range(live.request.sampling.n):
+                self._tell(live, Output((), "", "cancelled", number))
+            self._end(live)
+
+    def stats(self) -> EngineStats:
+        """See `Engine.stats`."""
+        num_compiling = sum(live.request.sampling.n for live in self._live.values() if not live.answers)
+        return EngineStats(
+            self._scheduler.num_running,
+            self._scheduler.num_waiting + num_compiling,
+            self._num_generated_tokens,
+            tuple(self._adapters),
+            **asdict(self._scheduler.counters),
+            num_free_blocks=self._blocks.num_free,
+            num_blocks=self._blocks.num_blocks,
+        )
+
+    async def close(self) -> None:
+        """End all requests as cancelled, and the compute thread after its current step. Nothing can be submitted afterwards."""
+        self._is_closed = True
+        for request_id in list(self._live):
+            self.cancel(request_id)
+        await asyncio.gather(*self._tasks, *([self._driver] if self._driver else []), return_exceptions=True)
+        self._grammars.close()
+        self._thread.shutdown()
+
+    # --- Steps -------------------------------------------------------------------------------------------------------
+
+    async def _drive(self) -> None:
+        accepted: list[_Accepted] = []
+        while chunks := self._scheduler.schedule():
+            step = self._compute(lambda: self._runner.run(chunks))
+            self._tell_all(accepted)
+            results = await step
+            self._scheduler.fail([result.chunk for result in results if result.error])
+            self._scheduler.complete([result.chunk for result in results if not result.error])
+            accepted = [one for result in results if (one := self._accept(result))]
+        self._tell_all(accepted)
+
+    def _accept(self, result: Computed) -> _Accepted | None:
+        """Take in what a step made of a sequence; the next step needs no more than this."""
+        live, answer = self._of_sequence.get(result.chunk.sequence, (None, None))
+        if live is None or answer is None:  # cancelled during the step
+            return None
+        if result.error is not None:
+            self._tell(live, result.error)
+            self._end(live)
+            return None
+        answer.keep_prompt_logprobs(result.chunk.start, result.prompt_logprobs)
+        if result.token is None:
+            return None
+        self._num_generated_tokens += 1
+        reason = answer.accept(result.token)
+        if reason is not None:
+            self._end_answer(answer)
+        return _Accepted(live, answer, result, reason)
+
+    def _tell_all(self, accepted: list[_Accepted]) -> None:
+        """Make the texts, and end who left or whose text is over."""
+        for one in accepted:
+            if one.live.ended.is_set():
+                continue
+            if one.live.stream() is None:
+                self._end(one.live)
+                continue
+            assert one.computed.token is not None
+            try:
+                output = one.answer.tell(one.computed.token, one.reason, one.computed.logprobs)
+            except Exception as error:  # noqa: BLE001 whatever a tokenizer raises, the others' steps must go on
+                self._tell(one.live, error)
+                self._end(one.live)
+                continue
+            self._tell(one.live, output)
+            if output.finish_reason is not None:
+                one.answer.is_over = True
+                self._end_answer(one.answer)
+                if all(answer.is_over for answer in one.live.answers):
+                    self._end(one.live)
+
+    # --- How a request begins and ends -------------------------------------------------------------------------------
+
+    async def _start_with_grammar(self, live: _Live) -> None:
+        try:
+            grammar = await self._grammars.compile(live.request.sampling)
+        except Exception as error:  # noqa: BLE001 the stream's client is told, whatever it is
+            self._tell(live, error)
+            self._end(live)
+            return
+        if not live.ended.is_set():
+            self._start(live, grammar)
+
+    def _start(self, live: _Live, grammar: CompiledGrammar | None) -> None:
+        for number in range(live.request.sampling.n):
+            answer = Answer(live.request, number, self._tokenizer, self._end_tokens, self.context_length, grammar)
+            live.answers.append(answer)
+            self._of_sequence[answer.sequence] = live, answer
+            self._scheduler.add(answer.sequence)
+        if self._driver is None or self._driver.done():
+            self._driver = asyncio.get_running_loop().create_task(self._drive())
+            self._driver.add_done_callback(self._tell_of_a_bug)
+
+    def _tell_of_a_bug(self, driver: asyncio.Task[None]) -> None:
+        """If the steps end with an error of ours, nobody waits for ever; the scheduler's state is not trusted any more."""
+        if not driver.cancelled() and isinstance(error := driver.exception(), Exception):
+            log.error("The engine has a fault and takes no more requests", exc_info=error)
+            self._is_closed = True
+            for live in self._live.values():
+                self._tell(live, error)
+                live.ended.set()
+            self._live.clear()
+            self._of_sequence.clear()
+
+    def _tell(self, live: _Live, item: Output | Exception) -> None:
+        if stream := live.stream():
+            stream.put(item)
+
+    def _end_answer(self, answer: Answer) -> None:
+        """The scheduler need not know of it any more."""
+        if self._of_sequence.pop(answer.sequence, None):
+            self._scheduler.remove(answer.sequence)
+
+    def _end(self, live: _Live) -> None:
+        if live.ended.is_set():
+            return
+        live.ended.set()
+        del self._live[live.request.request_id]
+        for answer in live.answers:
+            self._end_answer(answer)
+
+    def _compute(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    def _check(self, request: GenerationRequest) -> None:
+        prompt = request.prompt_tokens
+        if not prompt:
+            raise RequestError("The prompt is empty: give at least one token.")
+        if len(prompt) >= self.context_length:
+            raise RequestError(
+                f"The prompt has {len(prompt)} tokens, and the context of {self.context_length} must hold at least one more: shorten it."
+            )
+        if unknown := [token for token in prompt if not 0 <= token < self._num_tokens]:
+            raise RequestError(f"The model has no token {unknown[0]}: its tokens are 0 to {self._num_tokens - 1}. Use its own tokenizer.")
+        if request.request_id in self._live:
+            raise RequestError(f"A request with the id {request.request_id} is in flight: give each request an id of its own.")
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise RequestError(f"The adapter {request.adapter[:12]} is not loaded: load it first.")
+        request.sampling.check(self._num_tokens)
+        stats = self.stats()
+        if stats.num_running + stats.num_queued + request.sampling.n > self._spec.max_batch_size + self._spec.max_queued_requests:
+            raise EngineBusyError(
+                f"{stats.num_running} answers are running and {stats.num_queued} waiting, and this engine takes "
+                f"{self._spec.max_batch_size + self._spec.max_queued_requests} at most. Try again later, add replicas, or raise "
+                "engine.max_queued_requests."
+            )
+
+    # --- Adapters ----------------------------------------------------------------------------------------------------
+
+    async def load_adapter(self, digest: str, folder: Path) -> None:
+        """See `Engine.load_adapter`. With `max_adapters` there, the least recently used idle one goes.
+
+        Raises `EngineBusyError` if all of them are in use.
+        """
+        await self._change(lambda: self._load(digest, folder))
+
+    async def drop_adapter(self, digest: str) -> None:
+        """See `Engine.drop_adapter`. New requests cannot use it, unless it is loaded again before the last one has ended."""
+        if digest in self._adapters:
+            del self._adapters[digest]
+            self._leaving.add(digest)
+        while digest in self._leaving and (live := self._user_of(digest)):
+            await live.ended.wait()
+        await self._change(lambda: self._forget(digest))
+
+    async def _change(self, change: Callable[[], Coroutine[None, None, None]]) -> None:
+        """Make a change after those before it, and to its end whether or not the caller is cancelled: the model is shared."""
+
+        async def in_turn() -> None:
+            async with self._changing:
+                await change()
+
+        await asyncio.shield(self._keep(in_turn()))
+
+    def _keep(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """A task that is waited for when the engine closes."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _load(self, digest: str, folder: Path) -> None:
+        if digest in self._adapters or digest in self._leaving:
+            self._leaving.discard(digest)
+            self._touch(digest)
+            return
+        # Out of use before the new one is there, so that no request starts with it; it goes when the new one has come.
+        victim = self._make_room()
+        try:
+            await self._compute(lambda: self._runner.attach(digest, folder))
+        except BaseException:
+            if victim is not None:
+                self._adapters = {victim: None, **self._adapters}
+            raise
+        self._adapters[digest] = None
+        if victim is not None:
+            await self._compute(lambda: self._runner.detach(victim))
+
+    def _make_room(self) -> str | None:
+        """The adapter that has to go, taken from those that requests may use."""
+        if len(self._adapters) + len(self._leaving) < self._spec.max_adapters:
+            return None
+        victim = next((digest for digest in self._adapters if not self._user_of(digest)), None)
+        if victim is None:
+            raise EngineBusyError(
+                f"All {self._spec.max_adapters} adapters of this engine are in use. Try again later, or raise engine.max_adapters."
+            )
+        del self._adapters[victim]
+        return victim
+
+    async def _forget(self, digest: str) -> None:
+        if digest in self._leaving and not self._user_of(digest):  # else it has been loaded again meanwhile, or dropped twice
+            self._leaving.remove(digest)
+            await self._compute(lambda: self._runner.detach(digest))
+
+    def _user_of(self, digest: str) -> _Live | None:
+        return next((live for live in self._live.values() if live.request.adapter == digest), None)
+
+    def _touch(self, digest: str) -> None:
+        self._adapters.pop(digest, None)
+        self._adapters[digest] = None

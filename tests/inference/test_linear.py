@@ -1,0 +1,154 @@
+"""Swapped linear layers compute what the model's own did; C and torch compute the same."""
+
+import asyncio
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from tests.inference.conftest import answer, request, run
+from tests.inference.families import FAMILIES
+from tidepool.errors import ModelError
+from tidepool.inference import native
+from tidepool.inference.fused import fuse
+from tidepool.inference.linear import swap_linear_layers, weights_dtype
+from tidepool.inference.paged import PagedEngine
+from tidepool.models import attach_adapter, build_model
+
+TOKENS = torch.arange(40, 60)[None]
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def family(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
+    return build_model(FAMILIES[request.param], len(tokenizer), 1, tokenizer)
+
+
+@torch.inference_mode()
+def logits(model: Any) -> torch.Tensor:
+    return model(TOKENS, use_cache=False).logits[0].float()
+
+
+def swapped(model: Any, weights: Any) -> Any:
+    changed = copy.deepcopy(model)
+    swap_linear_layers(changed, weights)
+    return changed
+
+
+def test_float32_is_exact_but_for_the_order_of_additions(family: Any) -> None:
+    assert torch.allclose(logits(swapped(family, "auto")), logits(family), rtol=1e-5, atol=2e-4)
+
+
+def test_bfloat16_is_as_far_from_float32_as_it_is_in_transformers(family: Any) -> None:
+    exact, rounded = logits(family), family.bfloat16()
+    own = (logits(rounded) - exact).abs()
+    ours = (logits(swapped(rounded, "bf16")) - exact).abs()
+    assert ours.mean() < 1.3 * own.mean()
+
+
+def test_int8_is_near_and_changes_something(family: Any) -> None:
+    exact, found = logits(family), logits(swapped(family, "int8"))
+    error = (found - exact).abs().mean() / exact.std()
+    assert 1e-4 < error < 0.05
+
+
+def test_a_token_in_int8_has_the_same_bits_in_any_company(llama: Any) -> None:
+    changed = swapped(llama, "int8")
+    inputs = torch.randn(9, 32, generator=torch.Generator().manual_seed(1))
+    layer = changed.lm_head
+    assert layer(inputs)[3:4].equal(layer(inputs[3:4]))
+
+
+def test_adapters_attach_to_swapped_layers(llama: Any, adapters: Any) -> None:
+    for digest, folder in adapters.items():
+        plain = logits(attach_adapter(copy.deepcopy(llama), folder, digest, "ab" * 32))
+        assert not torch.allclose(plain, logits(llama), atol=0.1)
+        ours = logits(attach_adapter(swapped(llama, "auto"), folder, digest, "ab" * 32))
+        assert torch.allclose(ours, plain, rtol=1e-5, atol=2e-4)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int8"])
+def test_an_engine_answers_with_rounded_weights_and_an_adapter(llama: Any, tokenizer: Any, adapters: Any, weights: str) -> None:
+    model = llama.to(weights_dtype(weights, "cpu"))
+    one = next(iter(adapters))
+
+    async def play(engine: PagedEngine) -> None:
+        await engine.load_adapter(one, adapters[one])
+        asked = [request(range(60, 70), 8, f"r{digest}", digest) for digest in (None, one)]
+        found = await asyncio.gather(*(answer(engine, each) for each in asked))
+        assert all(found)
+        assert found[0] != found[1]
+
+    run(model, tokenizer, play, weights=weights)
+
+
+def test_int8_is_for_cpus() -> None:
+    assert weights_dtype("auto", "cpu") == weights_dtype("fp32", "cuda") == torch.float32
+    assert weights_dtype("auto", "cuda") == weights_dtype("bf16", "cpu") == weights_dtype("int8", "cpu") == torch.bfloat16
+    with pytest.raises(ModelError, match="int8 is for CPUs"):
+        weights_dtype("int8", "cuda")
+
+
+# --- C ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_in_c_is_that_of_torch_in_float64(dtype: torch.dtype, window: int | None) -> None:
+    generator = torch.Generator().manual_seed(1)
+    keys, values = torch.randn(80, 2, 24, generator=generator).to(dtype), torch.randn(80, 2, 16, generator=generator).to(dtype)
+    query = torch.randn(3, 6, 24, generator=generator).to(dtype)
+    table = torch.tensor([[3, 1, 0], [4, 0, 0], [2, 4, 1]], dtype=torch.int32)
+    lengths = torch.tensor([20, 1, 48], dtype=torch.int32)
+    found = native.attend(query, keys, values, table, lengths, 16, 0.3, window)
+    for row, length in enumerate(lengths.tolist()):
+        places = [int(table[row, index // 16]) * 16 + index % 16 for index in range(length)][-(window or length) :]
+        for head in range(6):
+            scores = keys[places, head // 3].double() @ query[row, head].double() * 0.3
+            expected = scores.softmax(0) @ values[places, head // 3].double()
+            assert torch.allclose(found[row, head].double(), expected, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-5)
+    alone = native.attend(query[2:], keys, values, table[2:], lengths[2:], 16, 0.3, window)
+    assert alone[0].equal(found[2])
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_quantizing_in_c_is_that_of_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = torch.randn(5, 33, generator=torch.Generator().manual_seed(1)).to(dtype)
+    inputs[4] = 0
+    numbers, scale = native.quantize(inputs)
+    assert torch.allclose((numbers.float() - 128) * scale[:, None], inputs.float(), atol=float(scale.max()) * 0.51)
+    sums, bias = torch.randn(5, 7) * 1000, torch.rand(7)
+    out = native.scale(sums, scale, bias, dtype)
+    monkeypatch.setattr(native, "library", lambda: None)
+    expected_numbers, expected_scale = native.quantize(inputs)
+    assert torch.allclose(scale, expected_scale)
+    assert (numbers.int() - expected_numbers.int()).abs().max() <= 1
+    assert torch.allclose(out.float(), native.scale(sums, scale, bias, dtype).float(), rtol=1e-2, atol=1e-5)
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_and_gated_mlps_are_computed_in_c_and_alike(family: Any, dtype: torch.dtype) -> None:
+    with torch.no_grad():
+        for name, parameter in family.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))) * 0.3)
+    exact, model = logits(family), family.to(dtype)
+    own, changed = logits(model), swapped(model, "auto")
+    num_norms = sum("RMSNorm" in type(module).__name__ for module in changed.modules())
+    assert fuse(changed) == (num_norms + 2 if num_norms else 0)  # GPT-2 has none of either
+    if dtype == torch.float32:
+        assert torch.allclose(logits(changed), own, rtol=1e-5, atol=5e-4)
+    else:
+        assert (logits(changed) - exact).abs().mean() < 1.3 * (own - exact).abs().mean()
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+def test_a_module_that_computes_something_else_keeps_its_own_code(llama: Any) -> None:
+    changed = swapped(llama, "auto")
+    own = type(changed.model.norm)
+    changed.model.norm.__class__ = type("OddRMSNorm", (own,), {"forward": lambda self, input: own.forward(self, input) + 0.01})
+    assert fuse(changed) == 4 + 2
+    assert "forward" not in vars(changed.model.norm)
