@@ -16,9 +16,7 @@ from tidepool.local_cluster import LocalCluster
 
 pytestmark = pytest.mark.cluster
 TIMEOUT_S = 120
-_DRIVER = (
-    "import sys, ray; ray.init(sys.argv[1], log_to_driver=False); print(ray.get(ray.put(7), timeout=60))"
-)
+_DRIVER = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False); print(ray.get(ray.put(7), timeout=60))"
 
 
 def drive(cluster: LocalCluster, **variables: str | None) -> subprocess.CompletedProcess[str]:
