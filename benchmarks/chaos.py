@@ -134,36 +134,39 @@ class Chaos:
         self._kinds: list[str] = []
 
     def strike(self) -> str:
-        """Let one thing happen; returns its name."""
+        """Let one thing happen, once the run takes steps; returns its name."""
+        self.run.wait(steps_on)
         if not self._kinds:
             self._kinds = self.chance.sample(KINDS, len(KINDS))
         name = self._kinds.pop()
         getattr(self, "_" + name.replace(" ", "_"))()
         return name
 
-    def _worker(self) -> int | None:
-        status = self.run.status()
-        pids = [one["pid"] for one in status["workers"] if one["rank"] is not None and is_alive(one["pid"])] if status else []
-        return self.chance.choice(sorted(pids)) if pids else None
+    def _worker(self) -> int:
+        def living(status: Mapping[str, Any]) -> list[int]:
+            return sorted(one["pid"] for one in status["workers"] if one["rank"] is not None and is_alive(one["pid"]))
+
+        return self.chance.choice(living(self.run.wait(lambda status: steps_on(status) and bool(living(status)))))
 
     def _kill(self) -> None:
-        if (pid := self._worker()) is not None:
-            os.kill(pid, signal.SIGKILL)
+        os.kill(self._worker(), signal.SIGKILL)
 
     def _hang(self) -> None:
-        if (pid := self._worker()) is not None:
-            os.kill(pid, signal.SIGSTOP)
-            time.sleep(self.chance.uniform(*_HANG_S))
-            if is_alive(pid):
-                os.kill(pid, signal.SIGCONT)
+        pid = self._worker()
+        os.kill(pid, signal.SIGSTOP)
+        time.sleep(self.chance.uniform(*_HANG_S))
+        if is_alive(pid):
+            os.kill(pid, signal.SIGCONT)
 
     def _resize(self) -> None:
-        self.run.ask(Resize(self.run.name, self.chance.randint(1, NUM_GROUPS)))
+        now = self.run.wait(steps_on)["wanted_groups"]
+        others = [number for number in range(1, NUM_GROUPS + 1) if number != now]
+        self.run.ask(Resize(self.run.name, self.chance.choice(others)))
 
     def _pause(self) -> None:
-        if self.run.ask(Pause(self.run.name)) is not None:
-            self.run.wait_for_end(0)
-            self.run.submit()
+        self.run.ask(Pause(self.run.name))
+        self.run.wait_for_end(0)
+        self.run.submit()
 
     def _store_away(self) -> None:
         self._with_store(lambda _: Fault.ERROR_BEFORE)
@@ -206,14 +209,14 @@ def steps_on(status: Mapping[str, Any]) -> bool:
     return bool(status["is_stepping"]) and status["step"] >= max(1, status["committed"])
 
 
-def disturb(run: Run, store: Any, seconds: float, every_s: float, seed: int) -> tuple[float, Counter[str]]:
-    """Train through the chaos and stop; returns steps a second, and what happened."""
+def disturb(run: Run, store: Any, seconds: float, num_faults: int | None, every_s: float, seed: int) -> tuple[float, Counter[str]]:
+    """Train through the chaos and stop, after so many seconds or faults; returns steps a second, and what happened."""
     chaos, happened = Chaos(run, store, seed), Counter[str]()
     run.submit()
     first = run.wait(together)["step"]
     started = time.monotonic()
-    while (passed := time.monotonic() - started) < seconds:
-        time.sleep(max(0.0, every_s * (1 + sum(happened.values())) - passed))
+    while (passed := time.monotonic() - started) < seconds and happened.total() != num_faults:
+        time.sleep(max(0.0, every_s * (1 + happened.total()) - passed))
         if time.monotonic() - started < seconds:
             name = chaos.strike()
             happened[name] += 1
@@ -238,7 +241,7 @@ def leave_alone(run: Run, steps: int) -> float:
     return (newest - first) / (newest_at - started)
 
 
-def measure(folder: Path, minutes: float, every_s: float, seed: int) -> list[Row]:
+def measure(folder: Path, minutes: float, num_faults: int | None, every_s: float, seed: int) -> list[Row]:
     """The rows."""
     with moto(folder / "moto.log") as server, proxy(server.endpoint_url) as between:
         server.create_bucket("chaos")
@@ -254,7 +257,7 @@ def measure(folder: Path, minutes: float, every_s: float, seed: int) -> list[Row
             signal.signal(signal.SIGTERM, handler)
             run = Run(cluster, folder, store_url, "chaos", 10**6)
             try:
-                rate, happened = disturb(run, between, minutes * 60, every_s, seed)
+                rate, happened = disturb(run, between, minutes * 60, num_faults, every_s, seed)
             finally:
                 end(run.process)
             steps, disturbed = digests(store, run.name)
@@ -291,6 +294,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--faults", type=int, metavar="N", help="stop after so many, if that is sooner")
     parser.add_argument("--every-s", type=float, default=20.0, help="seconds between two faults (default: 20)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="two minutes")
@@ -303,7 +307,7 @@ def main() -> int:
         "load_average": [round(one, 1) for one in os.getloadavg()],
     }
     with tempfile.TemporaryDirectory(prefix="tp-chaos-") as folder:
-        rows = measure(Path(folder), 2.0 if options.quick else options.minutes, options.every_s, options.seed)
+        rows = measure(Path(folder), 2.0 if options.quick else options.minutes, options.faults, options.every_s, options.seed)
     for one in rows:
         print(f"{one['metric']:<18} {one['ours']:>10} {one['unit']:<24} target {one['target']}  reached {one['reached']}")
     if options.json:

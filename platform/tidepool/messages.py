@@ -211,7 +211,7 @@ class GrantGroup:
 
 @dataclass(frozen=True, slots=True)
 class AskBack:
-    """A group leaves at its next step boundary, and before `deadline_s` if there is one."""
+    """A group leaves at its next step boundary, and before `deadline_s` if there is one. Who wants all groups of a run pauses it."""
 
     run: str
     group: str

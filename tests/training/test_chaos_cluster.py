@@ -1,4 +1,4 @@
-"""All that can happen to a run, in one minute and always in the same order, by `benchmarks/chaos.py` and on a cluster of its own."""
+"""All that can happen to a run, each once and always in the same order, by `benchmarks/chaos.py` and on a cluster of its own."""
 
 import json
 import os
@@ -15,8 +15,8 @@ KINDS = {"kill", "hang", "resize", "pause", "store away", "store bad"}
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 
-def test_no_bit_and_no_sample_depends_on_a_minute_of_chaos(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/chaos.py", "--minutes", "0.8", "--every-s", "7", "--seed", "5", "--json", "rows.json"]
+def test_no_bit_and_no_sample_depends_on_a_little_chaos(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/chaos.py", "--faults", str(len(KINDS)), "--every-s", "5", "--seed", "5", "--json", "rows.json"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}"}
     command[1] = str(ROOT / command[1])
     with (tmp_path / "output").open("wb") as output:
@@ -28,6 +28,6 @@ def test_no_bit_and_no_sample_depends_on_a_minute_of_chaos(tmp_path: Path) -> No
             process.wait(60)
     assert status == 0, (tmp_path / "output").read_text(errors="replace")[-4000:]
     rows: dict[str, Any] = {row["metric"]: row for row in json.loads((tmp_path / "rows.json").read_text())[1:]}
-    assert set(rows["faults"]["by_kind"]) == KINDS
+    assert rows["faults"]["by_kind"] == dict.fromkeys(KINDS, 1)
     assert (rows["bits_equal"]["ours"], rows["samples_lost"]["ours"], rows["samples_repeated"]["ours"]) == (1, 0, 0)
     assert rows["goodput"]["steps"] > 0

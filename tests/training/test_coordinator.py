@@ -9,18 +9,21 @@ import pytest
 from tidepool.errors import RunError
 from tidepool.messages import AskBack, Pause, Reason, Resize, Stop
 from tidepool.training.coordinator import Beginning, Coordinator, Orders
+from tidepool.training.membership import Report, WorkerId
 from tidepool.training.quorum import Rules
 from tidepool.training.quorum_events import Claimed
 
 T = TypeVar("T")
 
 
-def with_coordinator(use: Callable[[Coordinator], Awaitable[T]], min_groups: int = 1, max_groups: int = 4) -> T:
-    """Use a coordinator of a run that begins, in an event loop of its own."""
+def with_coordinator(use: Callable[[Coordinator], Awaitable[T]], min_groups: int = 1, max_groups: int = 4, num_groups: int = 4) -> T:
+    """Use the coordinator of a run that begins, which so many groups have reported to, in an event loop of its own."""
 
     async def run() -> T:
         coordinator = Coordinator()
         await coordinator.begin(Beginning(1, Claimed(1, None, 0), 0, min_groups, max_groups, 0, {}, Rules()))
+        for group in range(1, num_groups + 1):
+            await coordinator.report(Report(WorkerId(group, 0), 1, 1, "127.0.0.1:9", session=1))
         return await use(coordinator)
 
     return asyncio.run(run())
@@ -46,6 +49,26 @@ def test_a_group_that_is_asked_back_is_named_and_not_replaced() -> None:
     assert (orders.num_groups, orders.asked_back) == (2, {2, 3})
 
 
+def test_no_other_group_takes_the_place_of_one_that_is_asked_back_from_a_run_which_has_less_than_it_wants() -> None:
+    async def use(one: Coordinator) -> Orders:
+        assert await one.ask(back(3)) == 2
+        return await one.orders(0.0)
+
+    orders = with_coordinator(use, max_groups=8, num_groups=3)
+    assert (orders.num_groups, orders.asked_back) == (2, {3})
+
+
+def test_a_group_that_leaves_or_is_gone_is_not_taken_twice() -> None:
+    async def use(one: Coordinator) -> list[int]:
+        assert await one.ask(Resize("bot", 3)) == 3
+        await one.release((4,))
+        told = [await one.ask(back(4))]
+        await one.group_ended(3)
+        return [*told, await one.ask(back(3))]
+
+    assert with_coordinator(use) == [3, 2], "of four groups one was released, and one ended by itself"
+
+
 def test_the_minimum_is_not_taken_from_a_run_that_goes_on() -> None:
     async def use(one: Coordinator) -> Orders:
         await one.ask(back(4))
@@ -53,8 +76,13 @@ def test_the_minimum_is_not_taken_from_a_run_that_goes_on() -> None:
             await one.ask(back(3))
         return await one.orders(0.0)
 
-    orders = with_coordinator(use, min_groups=3)
+    orders = with_coordinator(use, min_groups=3, max_groups=8)
     assert (orders.num_groups, orders.asked_back) == (3, {4})
+
+
+def test_a_run_that_is_being_started_takes_no_request() -> None:
+    with pytest.raises(RunError, match="being started: ask again"):
+        asyncio.run(Coordinator().ask(Stop("bot")))
 
 
 @pytest.mark.parametrize(("request_", "is_pausing"), [(Pause("bot"), True), (Stop("bot"), False)])

@@ -90,12 +90,18 @@ def test_no_batch_waits_for_the_device(documents: list[list[int]], config: dict[
     assert loss.equal(expected), "it is another attention"
 
 
-def test_a_model_with_a_window_keeps_the_masks_of_transformers() -> None:
+@pytest.mark.parametrize("documents", [ONE, SEVERAL])
+def test_a_model_with_a_window_keeps_its_window_in_each_document(documents: list[list[int]]) -> None:
     config = CONFIG | {"model_type": "mistral", "sliding_window": 8, "num_key_value_heads": 2}
-    model, batch = build_model(config, 320, seed=1), make_batch(ONE)
-    expected = loss_sum(model, batch)
+    model, batch = build_model(config, 320, seed=1), make_batch(documents)
     use_given_masks(model)
-    assert loss_sum(model, batch).equal(expected)
+    expected = 0.0
+    for numbers, tokens, targets in zip(documents, batch.tokens_NT, batch.targets_NT, strict=True):
+        for number in {*numbers} - {-1}:
+            own = torch.tensor(numbers) == number
+            logits = model(tokens[own][None]).logits[0]
+            expected += cross_entropy(logits[:-1][targets[own][1:]], tokens[own][1:][targets[own][1:]], reduction="sum").item()
+    assert loss_sum(model, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_a_second_backward_pass_is_refused() -> None:

@@ -46,7 +46,7 @@ from tidepool.storage import ObjectStore, get_json, put_json
 _logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 16 * 2**20
 _MAX_CLAIM_TRIES = 100  # each one lost means that another driver, or a commit of the one before, was first
-_CHECKSUM_NICENESS = 19
+_CHECKSUM_NICENESS = 5
 _GARBAGE_AGE = timedelta(days=1)
 _OBJECT = re.compile(r"([a-z]+)(?:-\d+-of-\d+)?(?:\.\d+)?\.safetensors")
 StoredObject = dict[str, Any]

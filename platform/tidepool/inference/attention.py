@@ -105,6 +105,8 @@ class Ragged:
             seen_DL = index_1L < lengths_D1
             if window:
                 seen_DL &= index_1L >= lengths_D1 - window
+            # What a row does not see may be another's and not finite, which a mask does not keep out of a sum: its own first token does.
+            places_DL = torch.where(seen_DL, places_DL, places_DL[:, :1])
             self._gathered[window] = places_DL.flatten(), seen_DL[:, None, None]
         return self._gathered[window]
 

@@ -66,6 +66,8 @@ class EngineStats:
     num_prefix_tokens: int = 0
     num_free_blocks: int = 0
     num_blocks: int = 0
+    has_failed: bool = False
+    """A fault of the engine's own: it takes no more requests, and its process is to be replaced."""
 
 
 class Engine(Protocol):

@@ -41,6 +41,8 @@ def swap_linear_layers(model: PreTrainedModel, weights: Weights, batch_invariant
     is the shape. That holds for the model's own layers, not for an adapter's.
     """
     is_cpu = model.device.type == "cpu"
+    if weights == "int8":
+        _check_int8()
 
     def pack(layer: nn.Linear) -> nn.Linear:
         packed = _pack(layer, weights, is_cpu)
@@ -162,7 +164,16 @@ def _pack(layer: nn.Linear, weights: Weights, is_cpu: bool) -> nn.Linear:
         return layer
     if weights == "int8":
         return _Int8(layer)
-    return _Packed(layer) if layer.weight.dtype == torch.bfloat16 else layer
+    can_pack = layer.weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return _Packed(layer) if can_pack else layer
+
+
+def _check_int8() -> None:
+    """Processors without VNNI add pairs of products in 16 bits, which is too few for the largest. Raises `ModelError`."""
+    largest = nn.Linear(64, 16, bias=False)
+    nn.init.ones_(largest.weight)
+    if not torch.allclose(_Int8(largest)(torch.ones(1, 64)), torch.full((1, 16), 64.0)):
+        raise ModelError("This processor does not multiply int8 exactly (it has no VNNI): leave engine.weights out, or say bf16.")
 
 
 def _joined(layers: Iterable[nn.Linear]) -> nn.Linear:

@@ -107,7 +107,14 @@ def norm(input_TN: Tensor, weight_N: Tensor, epsilon: float, rounds_first: bool)
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be compiled, which is said once."""
     try:
-        loaded = ctypes.CDLL(str(_compiled()))
+        path, is_new = _compiled()
+        try:
+            loaded = ctypes.CDLL(str(path))
+        except OSError:  # torn by a crash, or made for another C library
+            if is_new:
+                raise
+            path.unlink()
+            loaded = ctypes.CDLL(str(_compiled()[0]))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("Attention is computed by torch, which is slower, since attention.c could not be compiled: %s", error)
         return None
@@ -117,19 +124,25 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def _compiled() -> Path:
-    """The library's path; its name tells source, compiler flags and processor, so that nothing stale is ever loaded."""
+def _compiled() -> tuple[Path, bool]:
+    """The library's path, and whether it was made now; its name tells source, flags and processor, so that nothing stale is loaded.
+
+    One that somebody else has put there is not loaded: it would be their code.
+    """
     text = _SOURCE.read_bytes() + " ".join(_FLAGS).encode() + _processor().encode()
     folder = Path(os.environ.get("TIDEPOOL_CACHE") or Path.home() / ".cache" / "tidepool") / "compiled"
     path = folder / f"attention-{hashlib.sha256(text).hexdigest()[:24]}.so"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            built = Path(scratch) / path.name
-            command = [os.environ.get("CC", "cc"), *_FLAGS, str(_SOURCE), "-o", str(built), "-lm"]
-            subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
-            built.replace(path)
-    return path
+    if path.is_file() and path.stat().st_uid in (0, os.geteuid()):
+        return path, False
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        built = Path(scratch) / path.name
+        command = [os.environ.get("CC", "cc"), *_FLAGS, str(_SOURCE), "-o", str(built), "-lm"]
+        subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
+        with built.open("rb") as file:
+            os.fsync(file.fileno())
+        built.replace(path)
+    return path, True
 
 
 def _processor() -> str:

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from tidepool.errors import EngineBusyError, RequestError
+from tidepool.errors import EngineBusyError, ModelError, RequestError
 from tidepool.inference.answer import Answer, find_end_tokens
 from tidepool.inference.blocks import Blocks
 from tidepool.inference.engine import EngineStats, FinishReason, GenerationRequest, Output
@@ -33,7 +33,7 @@ from tidepool.inference.grammar import CompiledGrammar, Grammars
 from tidepool.inference.limits import BLOCK_SIZE, context_length, num_blocks
 from tidepool.inference.linear import swap_linear_layers
 from tidepool.inference.runner import Attach, Computed, ModelRunner
-from tidepool.inference.scheduler import Scheduler
+from tidepool.inference.scheduler import Chunk, Scheduler
 from tidepool.inference.sequence import Sequence
 from tidepool.inference.stream import Stream
 from tidepool.specs import EngineSpec
@@ -86,7 +86,7 @@ class PagedEngine:
         self._of_sequence: dict[Sequence, tuple[_Live, Answer]] = {}
         self._driver: asyncio.Task[None] | None = None
         self._num_generated_tokens = 0
-        self._is_closed = False
+        self._is_closed = self._has_failed = False
         self._adapters: dict[str, None] = {}  # those that requests may use, the least recently used first
         self._leaving: set[str] = set()  # those that only requests in flight use
         self._tasks: set[asyncio.Task[None]] = set()  # grammars being compiled, changes of adapters
@@ -96,6 +96,8 @@ class PagedEngine:
 
     def submit(self, request: GenerationRequest) -> Stream:
         """See `Engine.submit`."""
+        if self._has_failed:
+            raise ModelError("This engine has failed and takes no more requests (its log says why); its replica is replaced: try again.")
         assert not self._is_closed
         self._check(request)
         if request.adapter is not None:
@@ -127,6 +129,7 @@ class PagedEngine:
             **asdict(self._scheduler.counters),
             num_free_blocks=self._blocks.num_free,
             num_blocks=self._blocks.num_blocks,
+            has_failed=self._has_failed,
         )
 
     async def close(self) -> None:
@@ -142,7 +145,7 @@ class PagedEngine:
 
     async def _drive(self) -> None:
         accepted: list[_Accepted] = []
-        while chunks := self._scheduler.schedule():
+        while chunks := self._next_step():
             step = self._compute(lambda: self._runner.run(chunks))
             self._tell_all(accepted)
             results = await step
@@ -150,6 +153,11 @@ class PagedEngine:
             self._scheduler.complete([result.chunk for result in results if not result.error])
             accepted = [one for result in results if (one := self._accept(result))]
         self._tell_all(accepted)
+
+    def _next_step(self) -> list[Chunk]:
+        for live in [live for live in self._live.values() if live.stream() is None]:  # nobody waits for these any more
+            self._end(live)
+        return self._scheduler.schedule()
 
     def _accept(self, result: Computed) -> _Accepted | None:
         """Take in what a step made of a sequence; the next step needs no more than this."""
@@ -217,7 +225,7 @@ class PagedEngine:
         """If the steps end with an error of ours, nobody waits for ever; the scheduler's state is not trusted any more."""
         if not driver.cancelled() and isinstance(error := driver.exception(), Exception):
             log.error("The engine has a fault and takes no more requests", exc_info=error)
-            self._is_closed = True
+            self._has_failed = True
             for live in self._live.values():
                 self._tell(live, error)
                 live.ended.set()

@@ -6,6 +6,7 @@ Invariants:
 """
 
 import inspect
+import json
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import groupby
@@ -88,6 +89,11 @@ class ModelRunner:
 
     def attach(self, digest: str, folder: Path) -> None:
         """Load an adapter. Raises `ModelError`, and then the model is as it was."""
+        if json.loads((folder / "adapter_config.json").read_text()).get("use_dora"):
+            raise ModelError(
+                "The engine cannot run a DoRA adapter, which reads the weights of the base: merge the two (`tidepool models merge`) "
+                "and serve the whole model."
+            )
         if self._batch_invariant:
             raise ModelError("engine.batch_invariant is for a base without adapters: serve this one without it.")
         model = self._base if self._adapted is None else self._adapted

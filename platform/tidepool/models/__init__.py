@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tidepool.models.adapter import add_lora, attach_adapter, export_adapter
-    from tidepool.models.attention import use_given_masks
+    from tidepool.models.attention import has_windows, use_given_masks
     from tidepool.models.imported import import_model
     from tidepool.models.merged import merge_model
     from tidepool.models.opened import OpenedModel, open_model
@@ -45,6 +45,7 @@ __all__ = [
     "export_model",
     "fetch_model",
     "find_model",
+    "has_windows",
     "import_model",
     "load_config",
     "load_model",
@@ -62,7 +63,7 @@ __all__ = [
 
 _MODULES = {
     "adapter": ("add_lora", "attach_adapter", "export_adapter"),
-    "attention": ("use_given_masks",),
+    "attention": ("has_windows", "use_given_masks"),
     "imported": ("import_model",),
     "merged": ("merge_model",),
     "opened": ("OpenedModel", "open_model"),

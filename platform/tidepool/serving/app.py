@@ -71,6 +71,10 @@ class EngineReplica:
         configure_logging()
         self._replica = load_replica(store_url, base, spec, device)
 
+    def check_health(self) -> None:
+        """Asked by Serve, which replaces a replica that raises."""
+        self._replica.check()
+
     async def generate(self, call: Call) -> AsyncGenerator[Frame, None]:
         """See `Replica.generate`."""
         frames = self._replica.generate(call)

@@ -38,6 +38,8 @@ class Call:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    client: str = ""
+    """Whom the engine is fair to: the id of the key that asks."""
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class _Gateway:
             version = await self._resolve(key, ask.model)
             request_id = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}"
             answer = Answer(is_chat, request_id, int(time.time()), ask.model, fingerprint(version))
-            exchange = _Exchange(self._backend, _call(request_id, ask, version), answer, ask.include_usage, admission, self._spec)
+            exchange = _Exchange(self._backend, _call(request_id, ask, version, key), answer, ask.include_usage, admission, self._spec)
             if not ask.stream:
                 return JSONResponse(await self._in_time(request.receive, exchange.whole(), deadline))
             # The engine takes the request before the status is sent, so that a refusal has a status of its own.
@@ -313,11 +313,12 @@ def _refused(problem: Problem) -> Response:
     return JSONResponse(problem.body, problem.status, problem.headers)
 
 
-def _call(request_id: str, ask: Ask, version: ModelVersion) -> Call:
+def _call(request_id: str, ask: Ask, version: ModelVersion, key: ApiKey | None) -> Call:
     base_digest = base_digest_of(version)
     assert base_digest is not None, version.ref
     adapter = version if version.kind == "adapter" else None
-    return Call(request_id, base_digest, adapter, ask.prompt, ask.max_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop)
+    client = key.id if key else ""
+    return Call(request_id, base_digest, adapter, ask.prompt, ask.max_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop, client)
 
 
 def _expect_output(frame: Frame) -> Output:

@@ -11,6 +11,7 @@ Adapters are prompted with the base's tokenizer and chat template.
 
 import asyncio
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
@@ -47,14 +48,17 @@ class Replica:
         self._registry, self._cache = registry, cache
         self._context_length = context_length
         self._loads: dict[str, asyncio.Task[None]] = {}
+        self._tokenizing = ThreadPoolExecutor(1, "tokens")
+        """A thread of its own: those that fetch adapters may all wait for the store."""
 
     async def generate(self, call: Call) -> AsyncGenerator[Frame, None]:
         """See `Backend.generate`; raises `BaseMismatchError` also for an adapter of another base."""
-        prompt_tokens = await asyncio.to_thread(self._tokens, call.prompt)
+        prompt_tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._tokens, call.prompt)
         sampling = self._sampling(call, len(prompt_tokens))
         if call.adapter is not None:
             await self._load_adapter(call.adapter)
-        request = GenerationRequest(call.request_id, prompt_tokens, sampling, call.adapter.digest if call.adapter else None)
+        adapter = call.adapter.digest if call.adapter else None
+        request = GenerationRequest(call.request_id, prompt_tokens, sampling, adapter, call.client)
         outputs = self._engine.submit(request)
         try:
             yield Started(len(prompt_tokens))
@@ -62,6 +66,11 @@ class Replica:
                 yield output
         finally:
             self._engine.cancel(call.request_id)
+
+    def check(self) -> None:
+        """Raises `ModelError` if the engine has failed, so that whoever runs replicas starts another."""
+        if self._engine.stats().has_failed:
+            raise ModelError("The engine of this replica has failed; its log says why.")
 
     # --- Prompts -----------------------------------------------------------------------------------------------------
 

@@ -106,6 +106,7 @@ class Coordinator:
         self._probes: dict[WorkerId, asyncio.Task[None]] = {}
         self._condemned: list[Condemned] = []
         self._asked_back: frozenset[int] = frozenset()
+        self._released: frozenset[int] = frozenset()
         self._needs_claim = self._stopping = self._pausing = False
         self._newest_step = 0
         self._accounted: Quorum | None = None
@@ -199,6 +200,7 @@ class Coordinator:
 
     async def release(self, groups: tuple[int, ...]) -> None:
         """Let these groups leave at the next step boundary."""
+        self._released |= set(groups)
         self._handle(Release(groups))
 
     # --- Whoever asks -------------------------------------------------------------------------------------------------
@@ -210,9 +212,11 @@ class Coordinator:
     async def ask(self, request: Request) -> int:
         """Take a request in. Returns how many replica groups that makes, or, of a run that is to leave, the newest step that it holds.
 
-        Raises `RunError` for a group that is asked back from a run which has no more than its minimum: such a run is paused.
+        Raises `RunError` for a group that is asked back from a run which has no more than its minimum: such a run is paused. And while
+        the run is being started: a request that waited might be obeyed when nobody means it any more.
         """
-        await self._begun.wait()
+        if not self._begun.is_set():
+            raise RunError("The run is being started: ask again in a moment.")
         match request:
             case Resize(num_groups=num_groups):
                 self._num_groups = min(max(num_groups, self._beginning.min_groups), self._beginning.max_groups)
@@ -225,11 +229,14 @@ class Coordinator:
         return self._num_groups
 
     def _give_back(self, group: int) -> None:
-        if group in self._asked_back:
+        """Let a group go, and have no other come for it: from now on no more are wanted than stay."""
+        leaving = self._asked_back | self._released
+        staying = {worker.group for worker in self._reports} - self._gone() - leaving
+        if group in leaving:
             return
-        if self._num_groups == self._beginning.min_groups:
-            raise RunError(f"The run takes no step with less than {self._num_groups} replica groups: pause it instead.")
-        self._num_groups -= 1
+        if group in staying and len(staying) <= self._beginning.min_groups:
+            raise RunError(f"The run takes no step with less than {self._beginning.min_groups} replica groups: pause it instead.")
+        self._num_groups = max(self._beginning.min_groups, min(self._num_groups, len(staying - {group})))
         self._asked_back |= {group}
 
     async def pid(self) -> int:

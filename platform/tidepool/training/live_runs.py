@@ -70,6 +70,8 @@ class Cluster:
             raise ClusterError(f"Run {run} cannot be asked: {error}.") from error
         if answer is None:
             raise RunError(f"Run {run} is not being trained in this cluster; `tidepool runs list` shows what is.")
+        if isinstance(answer, str):
+            raise RunError(f"Run {run} refused: {answer}")
         return int(answer)
 
     def _call(self, *arguments: str) -> Any:
@@ -108,7 +110,7 @@ class Look:
 
 
 def _tell(kind: str, fields: str) -> Any:
-    """What a run's coordinator answers to a request, by Ray; None if there is no such run in the cluster of `RAY_ADDRESS`."""
+    """What a run's coordinator answers to a request, by Ray, or why it refuses; None if there is no such run in `RAY_ADDRESS`'s cluster."""
     import ray  # here and not above: the process that asks does without
 
     request = {"Resize": Resize, "Pause": Pause, "Stop": Stop}[kind](**json.loads(fields))
@@ -116,6 +118,8 @@ def _tell(kind: str, fields: str) -> Any:
     try:
         coordinator = ray.get_actor(coordinator_name(request.run), NAMESPACE)
         return ray.get(coordinator.ask.remote(request), timeout=_STATUS_TIMEOUT_S)
+    except RunError as refused:
+        return str(refused)
     except (ValueError, ray.exceptions.RayActorError):  # there is none, or it has ended since
         return None
 

@@ -6,6 +6,7 @@ with other bits. On GPUs the deterministic algorithms of torch are switched on.
 
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from importlib.metadata import version
 
 import torch
@@ -43,7 +44,7 @@ def fingerprint(spec: RunSpec, device: torch.device) -> Fingerprint:
         "hardware": hardware,
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "none",
-        "triton": version("triton") if device.type == "cuda" else "none",
+        "triton": import_module("triton").__version__ if device.type == "cuda" else "none",
         "transformers": version("transformers"),
         "peft": version("peft"),
         "num_threads": torch.get_num_threads(),

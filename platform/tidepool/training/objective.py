@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import log_softmax
 from transformers import PreTrainedModel
 
-from tidepool.models import packed_attention_mask, packed_positions
+from tidepool.models import has_windows, packed_attention_mask, packed_positions
 from tidepool.training.batch import Batch
 
 _IGNORED = -100
@@ -23,15 +23,23 @@ _SLICE_SIZE = 2**18
 
 def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The summed loss in nats, a float32 scalar, of the batch's targets, each predicted from its document alone."""
-    apart = {}
-    if batch.documents_NT is not None:  # a mask keeps attention from its fastest kernels
-        apart = {"attention_mask": packed_attention_mask(batch.documents_NT), "position_ids": packed_positions(batch.documents_NT)}
-    logits_NTV = model(input_ids=batch.tokens_NT, use_cache=False, **apart).logits
+    logits_NTV = model(input_ids=batch.tokens_NT, use_cache=False, **_apart(model, batch)).logits
     # Labels move and not logits, and what is no target is ignored in place: logits are by far the largest, and none are gathered.
     labels_NT = torch.full_like(batch.tokens_NT, _IGNORED)
     labels_NT[:, :-1] = torch.where(batch.targets_NT[:, 1:], batch.tokens_NT[:, 1:], _IGNORED)
     loss: Tensor = _cross_entropy(logits_NTV.device).apply(logits_NTV.flatten(0, 1), labels_NT.flatten())  # type: ignore[no-untyped-call]
     return loss
+
+
+def _apart(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """What keeps documents apart. A mask keeps attention from its fastest kernels, and is left out where there is one document a sample."""
+    documents_NT = batch.documents_NT
+    if documents_NT is None and batch.tokens_NT.is_cuda and not torch.is_autocast_enabled("cuda"):
+        documents_NT = torch.zeros_like(batch.tokens_NT)  # in float32 only a mask keeps grouped heads from the slowest
+    if documents_NT is None:
+        return {}
+    positions = {"position_ids": packed_positions(documents_NT)}
+    return positions if has_windows(model) else positions | {"attention_mask": packed_attention_mask(documents_NT)}
 
 
 def _cross_entropy(device: torch.device) -> type[torch.autograd.Function]:
