@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from tests.inference.conftest import BASE, NAMES, answer, attach, collect, endless, request, run, tokens_of
 from tidepool.errors import BaseMismatchError, EngineBusyError, ModelError, RequestError
@@ -206,6 +207,24 @@ def test_an_adapter_that_cannot_be_loaded_changes_nothing(
         assert await answer(engine, greedy("two", TWO)) == expected[TWO]
 
     run(llama, tokenizer, scene, max_adapters=2)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft asks transformers by an old name
+def test_an_adapter_that_reads_the_weights_of_its_base_is_refused(
+    llama: Any, tokenizer: Any, adapters: dict[str, Path], tmp_path: Path, expected: dict[str | None, tuple[int, ...]]
+) -> None:
+    """DoRA's norms would be taken of layers that keep no readable weight."""
+    dora = get_peft_model(copy.deepcopy(llama), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], use_dora=True))
+    dora.save_pretrained(tmp_path)
+    (tmp_path / "tidepool.json").write_bytes((adapters[ONE] / "tidepool.json").read_bytes())
+
+    async def scene(engine: PagedEngine) -> None:
+        with pytest.raises(ModelError, match="cannot run a DoRA adapter"):
+            await engine.load_adapter(TWO, tmp_path)
+        assert engine.stats().adapters == ()
+        assert await answer(engine, greedy("base", None)) == expected[None]
+
+    run(llama, tokenizer, scene)
 
 
 def test_a_load_that_fails_pushes_no_other_adapter_out(llama: Any, tokenizer: Any, adapters: dict[str, Path], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +11,12 @@ import torch
 from tests.inference.conftest import answer, request, run
 from tests.inference.families import FAMILIES
 from tidepool.errors import ModelError
-from tidepool.inference import native
+from tidepool.inference import attention, linear, native
 from tidepool.inference.fused import fuse
 from tidepool.inference.linear import swap_linear_layers, weights_dtype
 from tidepool.inference.paged import PagedEngine
+from tidepool.inference.scheduler import Chunk
+from tidepool.inference.sequence import Sequence
 from tidepool.models import attach_adapter, build_model
 
 TOKENS = torch.arange(40, 60)[None]
@@ -89,6 +92,13 @@ def test_int8_is_for_cpus() -> None:
         weights_dtype("int8", "cuda")
 
 
+def test_int8_is_refused_where_it_is_not_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = linear._Int8.forward
+    monkeypatch.setattr(linear._Int8, "forward", lambda layer, input: plain(layer, input).clamp(max=40.0))  # as 16 bits would
+    with pytest.raises(ModelError, match="does not multiply int8 exactly"):
+        linear._check_int8()
+
+
 # --- C ---------------------------------------------------------------------------------------------------------------
 
 
@@ -152,3 +162,32 @@ def test_a_module_that_computes_something_else_keeps_its_own_code(llama: Any) ->
     changed.model.norm.__class__ = type("OddRMSNorm", (own,), {"forward": lambda self, input: own.forward(self, input) + 0.01})
     assert fuse(changed) == 4 + 2
     assert "forward" not in vars(changed.model.norm)
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+def test_a_library_that_was_torn_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TIDEPOOL_CACHE", str(tmp_path))
+    path, is_new = native._compiled()
+    assert is_new
+    path.write_bytes(b"")
+    native.library.cache_clear()
+    try:
+        assert native.library() is not None
+        assert path.stat().st_size > 0
+    finally:
+        native.library.cache_clear()
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_what_a_row_does_not_see_cannot_spoil_it(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without C: blocks that another's failure left full of NaN pad the shorter rows, and their own ends."""
+    monkeypatch.setattr(native, "library", lambda: None)
+    cache = attention.Cache([attention.LayerShape(2, 8, 8)], 4, 16, torch.float32, torch.device("cpu"))
+    for one in (cache.keys[0], cache.values[0]):
+        one.fill_(torch.nan)
+        one[16 : 16 + 20] = 1.0
+        one[48 : 48 + 3] = 1.0
+    chunks = [Chunk(Sequence(list(range(length))), length - 1, length, True, blocks) for length, blocks in ((20, [1, 2]), (3, [3]))]
+    paged = attention.pack(chunks, cache, torch.device("cpu"))
+    found = attention._decode(torch.ones(2, 4, 8), cache.keys[0], cache.values[0], paged, 1.0, window)
+    assert torch.equal(found, torch.ones_like(found))

@@ -271,6 +271,9 @@ def test_a_fault_of_the_engine_leaves_nobody_waiting(llama: Any, tokenizer: Any,
                 with pytest.raises(ZeroDivisionError):
                     await collect(stream)
             monkeypatch.undo()
+            assert engine.stats().has_failed
+            with pytest.raises(ModelError, match="has failed and takes no more requests"):
+                engine.submit(request([5], 5, "c"))
             for sequence in [*engine._scheduler._running, *engine._scheduler._clients[None, ""].waiting]:
                 engine._scheduler.remove(sequence)  # so that the engine counts as idle for `engine_of`
 

@@ -239,6 +239,7 @@ def test_limits_per_minute(limits: Limits, code: str, most_s: int, log: KeyLog) 
             assert most_s - 2 <= int(response.headers["retry-after"]) <= most_s
             assert (await client.post("/v1/completions", json=COMPLETION, headers=bearer(other))).status_code == 200, "others go on"
         assert len(backend.calls) == 3
+        assert backend.calls[0].client == backend.calls[1].client != backend.calls[2].client, "the engine is fair between keys"
 
     run(work())
 

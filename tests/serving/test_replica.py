@@ -34,7 +34,7 @@ class FakeEngine:
         self.gate.set()
         self.load_error: Exception | None = None
         self.submit_error: Exception | None = None
-        self.push_out_next = False
+        self.push_out_next = self.has_failed = False
 
     def submit(self, request: GenerationRequest) -> AsyncIterator[Output]:
         if self.submit_error:
@@ -66,7 +66,7 @@ class FakeEngine:
         self.adapters.remove(digest)
 
     def stats(self) -> EngineStats:
-        return EngineStats(0, 0, 0, tuple(self.adapters))
+        return EngineStats(0, 0, 0, tuple(self.adapters), has_failed=self.has_failed)
 
 
 def replica_of(engine: FakeEngine, published: Published, cache: Path, tokenizer: Any = None) -> Replica:
@@ -82,6 +82,15 @@ def call_of(published: Published, prompt: Prompt = "the tide", adapter: ModelVer
 
 async def frames_of(replica: Replica, call: Call) -> list[Frame]:
     return [frame async for frame in replica.generate(call)]
+
+
+def test_a_replica_whose_engine_has_failed_says_so_to_whoever_runs_it(published: Published, tmp_path: Path) -> None:
+    engine = FakeEngine()
+    replica = replica_of(engine, published, tmp_path)
+    replica.check()
+    engine.has_failed = True
+    with pytest.raises(ModelError, match="has failed"):
+        replica.check()
 
 
 # --- Prompts ---------------------------------------------------------------------------------------------------------

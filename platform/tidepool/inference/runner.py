@@ -6,7 +6,6 @@ Invariants:
 """
 
 import inspect
-import json
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
 from itertools import groupby
@@ -89,19 +88,18 @@ class ModelRunner:
 
     def attach(self, digest: str, folder: Path) -> None:
         """Load an adapter. Raises `ModelError`, and then the model is as it was."""
-        if json.loads((folder / "adapter_config.json").read_text()).get("use_dora"):
-            raise ModelError(
-                "The engine cannot run a DoRA adapter, which reads the weights of the base: merge the two (`tidepool models merge`) "
-                "and serve the whole model."
-            )
-        if self._batch_invariant:
-            raise ModelError("engine.batch_invariant is for a base without adapters: serve this one without it.")
         model = self._base if self._adapted is None else self._adapted
         try:
             self._adapted = self._attach(model, folder, digest)
         finally:
             self._selected = None
             self._disable()
+        if getattr(self._adapted.peft_config[digest], "use_dora", False):
+            self.detach(digest)
+            raise ModelError(
+                "The engine cannot run a DoRA adapter, which reads the weights of the base: merge the two (`tidepool models merge`) and "
+                "serve the whole model."
+            )
 
     def detach(self, digest: str) -> None:
         """Forget an adapter."""
