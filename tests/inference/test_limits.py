@@ -1,7 +1,9 @@
 """What an engine refuses to load, and how much cache it takes."""
 
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -9,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from tests.inference.families import FAMILIES
 from tests.inference.test_identity import cache_gb
 from tidepool.errors import ModelError
-from tidepool.inference.limits import BLOCK_SIZE, context_length, num_blocks
+from tidepool.inference.limits import BLOCK_SIZE, available_bytes, context_length, num_blocks
 from tidepool.inference.paged import PagedEngine
 from tidepool.specs import EngineSpec
 
@@ -59,3 +61,14 @@ def test_a_block_takes_what_the_heads_say(family: str, tokenizer: Any) -> None:
     model = model_of(FAMILIES[family])
     engine = PagedEngine(model, tokenizer, EngineSpec(cache_gb=cache_gb(model, 20)), lambda *_: pytest.fail("no adapter"))
     assert engine.stats().num_blocks == 20
+
+
+def test_a_container_has_no_more_memory_than_its_limit_leaves(tmp_path: Path) -> None:
+    machine = psutil.virtual_memory().available
+    assert abs(available_bytes(tmp_path) - machine) < machine / 4, "there is no cgroup"
+    (tmp_path / "memory.current").write_text("300\n")
+    for limit, left in (("1000", 700), ("200", 0)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        assert available_bytes(tmp_path) == left
+    (tmp_path / "memory.max").write_text("max\n")
+    assert available_bytes(tmp_path) > 10**6

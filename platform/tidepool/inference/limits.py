@@ -1,5 +1,6 @@
 """How long a text and how large a cache can be, for a model, a spec and the machine."""
 
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -42,7 +43,7 @@ def num_blocks(spec: EngineSpec, length: int, block_size_bytes: int, device: tor
     elif device.type == "cuda":
         size_bytes = torch.cuda.mem_get_info(device)[0] * _SHARE_OF_MEMORY["cuda"]
     else:
-        size_bytes = psutil.virtual_memory().available * _SHARE_OF_MEMORY["cpu"]
+        size_bytes = available_bytes() * _SHARE_OF_MEMORY["cpu"]
     possible = int(size_bytes // block_size_bytes)
     if possible < per_sequence:
         raise ModelError(
@@ -50,6 +51,16 @@ def num_blocks(spec: EngineSpec, length: int, block_size_bytes: int, device: tor
             f"{size_bytes / 1e9:.3g} GB: raise engine.cache_gb, or lower engine.max_sequence_length."
         )
     return min(possible, per_sequence * spec.max_batch_size)
+
+
+def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process may still take: the machine's, or its container's where that has a limit (cgroup v2) and less is left."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - int(used)))
 
 
 def _ropes(parameters: dict[str, Any]) -> list[dict[str, Any]]:
