@@ -14,7 +14,7 @@ import pytest
 from tidepool import local_cluster
 from tidepool.local_cluster import LocalCluster
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long]
 TIMEOUT_S = 120
 _DRIVER = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False); print(ray.get(ray.put(7), timeout=60))"
 
@@ -27,7 +27,6 @@ def drive(cluster: LocalCluster, **variables: str | None) -> subprocess.Complete
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
 
 
-@pytest.mark.slow
 def test_nobody_without_the_token_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))

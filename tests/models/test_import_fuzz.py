@@ -31,7 +31,11 @@ from tidepool.registry import Registry
 from tidepool.storage import ObjectStore, open_store
 
 # peft 0.21 on transformers 5.23
-pytestmark = [pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.slow,
+    pytest.mark.long,
+]
 
 MOST_S = 20.0
 MOST_BYTES = 400 * 2**20

@@ -14,7 +14,7 @@ from tidepool.checkpoint import RunLog
 from tidepool.local_cluster import LocalCluster
 from tidepool.storage import ObjectStore, open_store
 
-pytestmark = [pytest.mark.cluster, pytest.mark.chaos]
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.long]
 NUM_STEPS, TIMEOUT_S = 600, 200
 SCRIPT = f"""
 import sys

@@ -19,6 +19,7 @@ CASES = [
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.chaos
 @pytest.mark.parametrize(("name", "every", "kills"), CASES)
 def test_the_same_bits_plainly_undisturbed_and_killed(starter: Starter, name: str, every: int, kills: list[str]) -> None:
