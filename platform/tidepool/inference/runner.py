@@ -88,6 +88,8 @@ class ModelRunner:
 
     def attach(self, digest: str, folder: Path) -> None:
         """Load an adapter. Raises `ModelError`, and then the model is as it was."""
+        if self._batch_invariant:
+            raise ModelError("engine.batch_invariant is for a base without adapters: serve this one without it.")
         model = self._base if self._adapted is None else self._adapted
         try:
             self._adapted = self._attach(model, folder, digest)
