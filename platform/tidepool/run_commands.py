@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tidepool.errors import ClusterError, CorruptCheckpointError, ObjectNotFoundError, RunError, StoreError
-from tidepool.storage import ObjectStore, get_json
+from tidepool.errors import ClusterError, CorruptCheckpointError, RunError, StoreError
+from tidepool.storage import ObjectStore, find_json
 from tidepool.training.live_runs import Look
 from tidepool.training.pauses import paused_step
 
@@ -219,11 +219,9 @@ def _read(store: ObjectStore, name: str, seen: Look) -> _Stored:
 
 
 def _document(store: ObjectStore, key: str) -> Facts | None:
-    """A document, None if there is none. Those who write them (`training.pins`, `training.worker`) bring transformers along."""
+    """A document, None if there is none. Those who write them (`training.pins`, `training.worker`) bring torch along."""
     try:
-        return get_json(store, key)
-    except ObjectNotFoundError:
-        return None
+        return find_json(store, key)
     except ValueError as error:
         raise StoreError(f"{key} in {store.url} is damaged ({error}): restore it from a backup of the store.") from error
 

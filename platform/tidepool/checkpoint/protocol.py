@@ -41,7 +41,7 @@ from tidepool.checkpoint.run_log import RunLog
 from tidepool.checkpoint.snapshot import Snapshot
 from tidepool.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, StoreError, SupersededError
 from tidepool.scratch import ScratchFolder
-from tidepool.storage import ObjectStore, get_json, put_json
+from tidepool.storage import ObjectStore, find_json, get_json, put_json
 
 _logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 16 * 2**20
@@ -105,11 +105,8 @@ class Checkpoints:
 
     def find_part(self, commit: Commit, part: int) -> list[StoredObject] | None:
         """What `note_part` told, None if it has not yet. Raises `StoreError`."""
-        try:
-            found: list[StoredObject] = get_json(self._store, _part_key(self._run, commit, part))["objects"]
-        except ObjectNotFoundError:
-            return None
-        return found
+        told = find_json(self._store, _part_key(self._run, commit, part))
+        return told["objects"] if told else None
 
     def commit(self, commit: Commit, objects: list[StoredObject], details: Mapping[str, Any]) -> None:
         """Let a commit stand, all objects of which were put; `details` (JSON) go into the manifest. May be tried again.

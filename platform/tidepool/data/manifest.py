@@ -17,7 +17,7 @@ from typing import Any, Literal
 from tidepool.data.order import Layout
 from tidepool.errors import DataError, ObjectNotFoundError
 from tidepool.registry import FileEntry, describe_folder, files_digest
-from tidepool.storage import ObjectStore, fill_folder, get_json, read_log
+from tidepool.storage import ObjectStore, fill_folder, find_json, read_log
 
 FORMAT = 2
 WINDOW_ROW_GROUPS = 16
@@ -117,9 +117,7 @@ def to_json(info: DatasetInfo) -> dict[str, Any]:
 def read_manifest(store: ObjectStore, name: str, digest: str) -> DatasetInfo | None:
     """The dataset of a name and digest, None if it was never completed. Raises `DataError` for a damaged manifest."""
     key = f"{dataset_prefix(name, digest)}manifest.json"
-    try:
-        value = get_json(store, key)
-    except ObjectNotFoundError:
+    if (value := find_json(store, key)) is None:
         return None
     try:
         if value["format"] != FORMAT:

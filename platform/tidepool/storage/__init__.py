@@ -3,7 +3,7 @@
 from tidepool.storage.base import ObjectInfo, ObjectStore, check_key
 from tidepool.storage.cache import CACHE_VARIABLE, cached_folder, release
 from tidepool.storage.disk import local_disk
-from tidepool.storage.documents import get_json, put_json
+from tidepool.storage.documents import find_json, get_json, put_json
 from tidepool.storage.fitness import Finding, check_fitness, endpoint, require_fit
 from tidepool.storage.folders import fill_folder
 from tidepool.storage.log import LogEntry, append, log_numbers, read_entry, read_last, read_log
@@ -21,6 +21,7 @@ __all__ = [
     "check_key",
     "endpoint",
     "fill_folder",
+    "find_json",
     "get_json",
     "local_disk",
     "log_numbers",

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tidepool.errors import ObjectNotFoundError
 from tidepool.specs import canonical_json
 from tidepool.storage.base import ObjectStore
 
@@ -19,3 +20,11 @@ def get_json(store: ObjectStore, key: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{key} holds JSON of the type {type(value).__name__}, not an object")
     return value
+
+
+def find_json(store: ObjectStore, key: str) -> dict[str, Any] | None:
+    """The same, None where there is none."""
+    try:
+        return get_json(store, key)
+    except ObjectNotFoundError:
+        return None

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tidepool.errors import ObjectNotFoundError
-from tidepool.storage import ObjectStore, get_json
+from tidepool.storage import ObjectStore, find_json
 
 
 @dataclass(frozen=True)
@@ -20,10 +19,7 @@ class Outcome:
 
 def read_result(store: ObjectStore, run: str) -> dict[str, Any] | None:
     """The result of a finished run, None for any other."""
-    try:
-        return get_json(store, result_key(run))
-    except ObjectNotFoundError:
-        return None
+    return find_json(store, result_key(run))
 
 
 def result_key(run: str) -> str:

@@ -12,11 +12,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from tidepool.errors import ObjectExistsError, ObjectNotFoundError, SpecChangedError
+from tidepool.errors import ObjectExistsError, SpecChangedError
 from tidepool.models import ModelSource
 from tidepool.registry import Registry
 from tidepool.specs import RunSpec, differences
-from tidepool.storage import ObjectStore, get_json, put_json
+from tidepool.storage import ObjectStore, find_json, get_json, put_json
 from tidepool.training.numerics import Fingerprint, check_fingerprint
 from tidepool.training.task import Pins
 
@@ -25,7 +25,7 @@ _DECIDES_RESULT = ("run", "model", "dataset", "seed", "training")
 
 def read_pins(spec: RunSpec, store: ObjectStore) -> Pins | None:
     """The pins of a run that has begun, None for a new one. Raises `SpecChangedError` if it began with another spec."""
-    document = _read(store, spec.run)
+    document = find_json(store, _key(spec.run))
     if document is None:
         return None
     if lines := differences(_deciding(document["spec"]), _deciding(spec.model_dump(mode="json"))):
@@ -60,13 +60,6 @@ def base_source(pins: Pins, store: ObjectStore) -> ModelSource | None:
         return None
     is_version = "/" not in pins.base
     return ModelSource(pins.base, pins.base_digest, Registry(store).resolve(pins.base) if is_version else None)
-
-
-def _read(store: ObjectStore, run: str) -> dict[str, Any] | None:
-    try:
-        return get_json(store, _key(run))
-    except ObjectNotFoundError:
-        return None
 
 
 def _key(run: str) -> str:

@@ -15,13 +15,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from torch import Tensor
 
 from tidepool.checkpoint import Checkpoints, Incarnation, claim_incarnation
-from tidepool.errors import ObjectExistsError, ObjectNotFoundError, ReplayError, SpecError
-from tidepool.storage import ObjectStore, get_json, open_store, put_json
+from tidepool.errors import ObjectExistsError, ReplayError, SpecError
+from tidepool.storage import find_json, open_store, put_json
 from tidepool.transparent.commits import STOPPED, Commits
 from tidepool.transparent.gradients import Gradients
 from tidepool.transparent.identity import identify, refuse_several_processes, seed_everything, settle_identity, warn_of_cuda
@@ -56,7 +55,7 @@ def execute(options: Options) -> None:
     refuse_several_processes(os.environ)
     store = open_store(options.store_url)
     identity = settle_identity(store, options.run, identify(options.script, options.arguments))
-    finished = _find_result(store, options.run)
+    finished = find_json(store, _result_key(options.run))
     if finished is not None:
         _logger.warning(
             "run %s is finished, after step %d; to run the script again choose another --run", options.run, finished["num_steps"]
@@ -136,10 +135,3 @@ def _run_to_end(path: str) -> None:
 
 def _result_key(run: str) -> str:
     return f"runs/{run}/finished.json"
-
-
-def _find_result(store: ObjectStore, run: str) -> dict[str, Any] | None:
-    try:
-        return get_json(store, _result_key(run))
-    except ObjectNotFoundError:
-        return None
