@@ -332,3 +332,9 @@ def test_asking_where_no_cluster_is_says_so() -> None:
     for ask_it in (lambda one: one.resize("r", 2), lambda one: one.stop("r", pause=True)):
         with pytest.raises(ClusterError, match="Run r cannot be asked: no cluster is known here; set RAY_ADDRESS"):
             ask_it(Cluster({}))
+
+
+def test_what_a_run_refuses_is_told_in_its_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cluster, "_call", lambda *_: "The run is being started: ask again in a moment.")
+    with pytest.raises(RunError, match="Run r refused: The run is being started: ask again in a moment"):
+        Cluster({}).stop("r", pause=True)
