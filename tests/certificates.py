@@ -1,4 +1,4 @@
-"""A certificate for this machine, signed by itself, as files: for a server, and for who is to trust it."""
+"""A certificate for loopback, signed by itself, as files: for a server, and for who is to trust it."""
 
 import ipaddress
 from dataclasses import dataclass
@@ -17,12 +17,11 @@ class Certificate:
     key_path: Path
 
 
-def make_certificate(folder: Path, *addresses: str) -> Certificate:
-    """Write `cert.pem` and `key.pem` into a folder; valid for a day, on loopback and these addresses, for both ends of a connection."""
+def make_certificate(folder: Path) -> Certificate:
+    """Write `cert.pem` and `key.pem` into a folder; valid for a day, on loopback, for both ends of a connection."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "tidepool test")])
-    names: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address(one)) for one in ("127.0.0.1", *addresses)]
-    names.append(x509.DNSName("localhost"))
+    names: list[x509.GeneralName] = [x509.IPAddress(ipaddress.ip_address("127.0.0.1")), x509.DNSName("localhost")]
     now = datetime.now(UTC)
     made = (
         x509.CertificateBuilder()

@@ -16,9 +16,9 @@ pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 
 def test_no_bit_and_no_sample_depends_on_a_little_chaos(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/chaos.py", "--faults", str(len(KINDS)), "--every-s", "5", "--seed", "5", "--json", "rows.json"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "chaos.py"), "--faults", str(len(KINDS)), "--every-s", "5", "--seed", "5"]
+    command += ["--json", "rows.json"]
     environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'platform'}"}
-    command[1] = str(ROOT / command[1])
     with (tmp_path / "output").open("wb") as output:
         process = subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:

@@ -50,7 +50,8 @@ def test_no_bit_depends_on_the_world_size(prepared: str, family: str, kind: str,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_columns", [320, 4096, 128_256])
 def test_the_fused_cross_entropy_is_that_of_torch_and_has_the_same_bits_again(dtype: torch.dtype, num_columns: int) -> None:
-    from tidepool.training.fused_cross_entropy import IGNORED, FusedCrossEntropy
+    from tidepool.training.fused_cross_entropy import FusedCrossEntropy
+    from tidepool.training.objective import IGNORED
 
     generator = torch.Generator(GPU).manual_seed(1)
     logits = (4 * torch.randn(65, num_columns, device=GPU, generator=generator)).to(dtype).requires_grad_()

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-IGNORED = -100
+from tidepool.training.objective import IGNORED
+
 _BLOCK_SIZE = 4096
 
 

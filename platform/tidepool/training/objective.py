@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from tidepool.models import has_windows, packed_attention_mask, packed_positions
 from tidepool.training.batch import Batch
 
-_IGNORED = -100
+IGNORED = -100
+"""The label of what is no target."""
 _SLICE_SIZE = 2**18
 """Logits in a slice of the loss: such that it stays in a CPU's cache."""
 
@@ -25,8 +26,8 @@ def loss_sum(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The summed loss in nats, a float32 scalar, of the batch's targets, each predicted from its document alone."""
     logits_NTV = model(input_ids=batch.tokens_NT, use_cache=False, **_apart(model, batch)).logits
     # Labels move and not logits, and what is no target is ignored in place: logits are by far the largest, and none are gathered.
-    labels_NT = torch.full_like(batch.tokens_NT, _IGNORED)
-    labels_NT[:, :-1] = torch.where(batch.targets_NT[:, 1:], batch.tokens_NT[:, 1:], _IGNORED)
+    labels_NT = torch.full_like(batch.tokens_NT, IGNORED)
+    labels_NT[:, :-1] = torch.where(batch.targets_NT[:, 1:], batch.tokens_NT[:, 1:], IGNORED)
     loss: Tensor = _cross_entropy(logits_NTV.device).apply(logits_NTV.flatten(0, 1), labels_NT.flatten())  # type: ignore[no-untyped-call]
     return loss
 
@@ -65,7 +66,7 @@ class _CrossEntropy(torch.autograd.Function):
         for start in range(0, len(labels_M), num_tokens):
             rows = slice(start, start + num_tokens)
             log_p_RV = log_softmax(logits_MV[rows].float(), dim=-1)
-            is_target_R1 = (labels_M[rows] != _IGNORED)[:, None]
+            is_target_R1 = (labels_M[rows] != IGNORED)[:, None]
             label_R1 = labels_M[rows].clamp(min=0)[:, None]
             total -= torch.where(is_target_R1, log_p_RV.gather(1, label_R1), 0).sum()
             if gradient_MV is not None:
