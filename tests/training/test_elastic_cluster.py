@@ -86,6 +86,7 @@ def start(cluster: LocalCluster, store: ObjectStore, tmp_path: Path) -> Iterator
         if job.process.poll() is None:
             job.process.kill()
             job.wait()
+            wait_until(lambda: states_of_placement_groups() <= {"REMOVED"})  # or the next test finds less room than it counts on
 
 
 def gather(job: Job, num_workers: int = 3, gate: int = GATE["step"]) -> Status:
@@ -248,7 +249,10 @@ def test_death_of_the_quorum_actor_stops_nobody(start: Start, store: ObjectStore
     actor = coordinator("actor")
     pid = ray.get(actor.pid.remote())
     os.kill(pid, signal.SIGKILL)
-    after = job.wait_for_status(lambda status: status["is_stepping"] and status["step"] > before["step"])
+    # A member of which the new one hears late is left out of its first quorum, and taken into the next as it is.
+    after = job.wait_for_status(
+        lambda status: status["is_stepping"] and status["step"] > before["step"] and status["groups"] == before["groups"]
+    )
     assert ray.get(coordinator("actor").pid.remote()) != pid
     assert pids(after) == pids(before)
     assert check_same(job, store, undisturbed)["recomputed_steps"] == 0

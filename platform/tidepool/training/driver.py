@@ -155,6 +155,7 @@ class _Run:
         if self._stop_asked:
             return
         elastic, running = self._spec.elastic, self._groups.running
+        self._groups.note_come(orders.heard)
         staying = [group for group in running.values() if not group.is_leaving]
         staying.sort(key=lambda group: group.number not in orders.members)  # the newest leave first, and before them who takes no steps
         asked_back = [group for group in staying if group.number in orders.asked_back]
@@ -167,14 +168,13 @@ class _Run:
             if running[number].is_leaving:  # faster than Ray Train, which looks every two seconds
                 self._groups.end(number)
                 ray.get(self._coordinator.group_ended.remote(number))
-        for group in list(running.values()):
-            is_pending = group.number not in orders.heard
-            is_late = is_pending and time.monotonic() - group.started_at > _PLACE_TIMEOUT_S and len(staying) > elastic.min
-            if is_late or (is_pending and group.is_leaving):
+        for group in self._groups.pending():
+            is_late = time.monotonic() - group.started_at > _PLACE_TIMEOUT_S and len(staying) > elastic.min
+            if is_late or group.is_leaving:
                 self._groups.end(group.number)
                 self._grows_after = time.monotonic() + _BACK_OFF_S
         num_staying = sum(not group.is_leaving for group in running.values())
-        room = self._groups.room(orders.heard) if time.monotonic() >= self._grows_after else 0
+        room = self._groups.room() if time.monotonic() >= self._grows_after else 0
         workers, num_shards = self._spec.workers.num_workers, self._spec.training.num_shards
         for _ in range(num_to_start(num_staying, room, elastic.min, orders.num_groups, workers, num_shards)):
             group = self._groups.start()

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,7 @@ class ReplicaGroup:
     fit: "ray.ObjectRef[Any]"
     started_at: float
     is_leaving: bool = False
+    has_come: bool = False
 
 
 @dataclass(frozen=True)
@@ -132,11 +133,20 @@ class ReplicaGroups:
         self.end(group.number)
         return Ended(group.number, failed[0] if failed else None, failed[1] if failed else "")
 
-    def room(self, heard: frozenset[int]) -> int:
-        """How many more groups would find a place now; those that have been started and not heard of yet are counted as placed."""
+    def room(self) -> int:
+        """How many more groups would find a place now; those that have been started and have not come yet are counted as placed."""
         free, workers = ray.available_resources(), self._task.spec.workers
         fitting = min(int(free.get(name, 0) // (each * workers.num_workers)) for name, each in _resources(workers).items())
-        return max(0, fitting - sum(number not in heard for number in self.running))
+        return max(0, fitting - len(self.pending()))
+
+    def note_come(self, heard: Iterable[int]) -> None:
+        """Workers of these groups have reported. It stays noted: a coordinator that was started again has heard nobody yet."""
+        for number in self.running.keys() & set(heard):
+            self.running[number].has_come = True
+
+    def pending(self) -> list[ReplicaGroup]:
+        """The groups of which no worker has ever reported."""
+        return [group for group in self.running.values() if not group.has_come]
 
 
 def _remove_orphans() -> None:
