@@ -1,4 +1,4 @@
-"""The shell of a worker on Ray Train: what `TorchTrainer` calls in each process of a replica group.
+"""The shell of a worker on Ray Train: what Ray Train calls in each process of a replica group.
 
 The driver, the launcher and Ray Train's controller load this module too, to pass the function on: what only a worker needs, and takes
 it seconds to import, is imported when one begins.
@@ -33,6 +33,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
 
 def _train(config: Mapping[str, Any]) -> None:
     import ray.train.torch
+    import torch
 
     from tidepool.training.member import Member
     from tidepool.training.process_group import MeetingPoint
@@ -43,6 +44,8 @@ def _train(config: Mapping[str, Any]) -> None:
     check_versions(config["versions"], installed_versions(), f"{node_ip} ({node_id})")
     task: Task = config["task"]
     context, device, rules = ray.train.get_context(), ray.train.torch.get_device(), Rules()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     line = _Line(task.spec.run, rules.lease_s)
     meeting_point = MeetingPoint(node_ip, is_gpu_shared=0 < task.spec.workers.gpus_per_worker < 1)
     hello = Report(

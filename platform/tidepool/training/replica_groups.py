@@ -1,8 +1,8 @@
 """The replica groups of a run on a Ray cluster: started, ended, counted. A shell around Ray Train's public API.
 
-Each is one `TorchTrainer.fit()` of fixed size inside a launcher actor of its own (0 CPUs): a `fit()` has no public way to be
-cancelled, but a launcher can be ended, and takes its workers with it. Its placement group Ray Train lets go of only once the
-workers have started; before that, Ray would keep it (or its demand) until the job ends, so that it is removed here.
+Each is one `fit()` of Ray Train's trainer (see `trainer`), of fixed size, inside a launcher actor of its own (0 CPUs): a `fit()` has
+no public way to be cancelled, but a launcher can be ended, and takes its workers with it. Its placement group Ray Train lets go of
+only once the workers have started; before that, Ray would keep it (or its demand) until the job ends, so that it is removed here.
 """
 
 import os
@@ -40,12 +40,14 @@ class Launcher:
 
     def __init__(self, versions: Mapping[str, str]) -> None:
         self._versions = versions
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # the driver looks for nodes that are about to go
 
     def fit(self, worker: WorkerFunction, task: Task, group: int) -> tuple[Exception, str] | None:
         """Run one replica group to its end; returns its error with a traceback, None if it ended well."""
-        from ray.train import FailureConfig, RunConfig, ScalingConfig  # here: the driver of a run does without Ray Train and torch
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train import FailureConfig, RunConfig, ScalingConfig  # here: the driver of a run does without Ray Train
         from ray.train.v2.api.exceptions import TrainingFailedError
+
+        from tidepool.training.trainer import GroupTrainer
 
         configure_logging()
         workers = task.spec.workers
@@ -53,12 +55,10 @@ class Launcher:
             num_workers=workers.num_workers, use_gpu=bool(workers.gpus_per_worker), resources_per_worker=_resources(workers)
         )
         with ScratchFolder("train") as folder:
-            trainer = TorchTrainer(
+            trainer = GroupTrainer(
                 worker,
                 train_loop_config={"task": task, "group": group, "versions": self._versions},
                 scaling_config=scaling,
-                # Ray's own process group joins the workers of one replica group; a run's steps go through groups of its quorums.
-                torch_config=TorchConfig(backend="gloo"),
                 run_config=RunConfig(
                     name=f"{task.spec.run}-{task.session}-{group}", storage_path=folder, failure_config=FailureConfig(max_failures=0)
                 ),

@@ -1,0 +1,34 @@
+"""Ray Train's trainer with what a replica group needs of it: on few cores, each process that it does not start is seconds gained.
+
+`TorchTrainer` without torch: a run's steps go through process groups of its quorums, so that Ray's own would join nobody, and the
+launcher and Ray Train's controller, which have no other use for torch, need not import it. And without two actors for each `fit()`:
+the one that hands out Ray datasets (ours come from the store), and the one that removes the placement group of a dead
+controller, which the driver does (`replica_groups`) and which asks the dashboard once a second.
+"""
+
+from typing import Any
+
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
+_NOT_NEEDED = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+
+
+class GroupTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray Train has no types
+    """A `DataParallelTrainer` whose workers see all GPUs of their node that the group has, as NCCL wants it."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, backend_config=_SharedDevices(), **named)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [one for one in super()._create_default_callbacks() if type(one).__name__ not in _NOT_NEEDED]
+
+
+class _Devices(Backend):  # type: ignore[misc]
+    share_cuda_visible_devices = True
+
+
+class _SharedDevices(BackendConfig):  # type: ignore[misc]
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Devices
