@@ -12,6 +12,9 @@ raw client: obstore's S3 client against an S3 server on loopback (moto: one proc
 synced for the file store. Ours has a manifest, checksums and sizes read back besides; the raw client overwrites. Old commits are
 removed after that, which counts in the stall and not here.
 
+`stall_s_of_copy_and_write` is what no checkpoint can go below on the same machine: the copy and the synced write alone, beside the
+same steps.
+
 The peer is `torch.distributed.checkpoint.async_save` to files of the same disk, synced, as it comes, and its blocking `save`.
 """
 
@@ -27,6 +30,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -39,7 +43,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from tidepool.checkpoint import Checkpoints, Commit, StoredObject, claim_incarnation, verify
+from tidepool.checkpoint import Checkpoints, Commit, Snapshot, StoredObject, claim_incarnation, verify
 from tidepool.models import build_model
 from tidepool.scratch import ScratchFolder
 from tidepool.specs import OptimizerSpec
@@ -64,6 +68,7 @@ SIZES = {
 }
 BATCHES = {"cpu": (2, 128), "cuda": (16, 256)}
 VOCAB_SIZE = 8192
+FLOOR = "a copy and one synced write in the background"
 TARGETS = {"stall": 0.02, "rate": 0.8}
 _WATCH = Alone(1, None, 0)
 Row = dict[str, Any]
@@ -168,6 +173,41 @@ class Torch:
         shutil.rmtree(self._path)
 
 
+class Floor:
+    """The least that any checkpoint does: the same copy, and one file written and synced. No checksum, no manifest, no commit."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._snapshots = path, [Snapshot() for _ in range(3)]
+        self._executor = ThreadPoolExecutor(1)
+        self._writing: Future[None] | None = None
+
+    def save(self, training: Training) -> None:
+        groups = [group for group in training.state().values() if group]
+        self._copies = self._snapshots[: len(groups)]
+        for snapshot, group in zip(self._copies, groups, strict=True):
+            snapshot.begin(group, self._executor)
+        self._writing = self._executor.submit(self._write)
+
+    def _write(self) -> None:
+        with self._path.open("wb") as file:
+            for snapshot in self._copies:
+                file.write(snapshot.data())
+            os.fsync(file.fileno())
+
+    def before_update(self) -> None:
+        if self._writing is not None:
+            for snapshot in self._copies:
+                snapshot.settle()
+
+    def wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def close(self) -> None:
+        self._executor.shutdown()
+
+
 class Nothing:
     """No checkpoint."""
 
@@ -177,7 +217,7 @@ class Nothing:
     def close(self) -> None: ...
 
 
-Side = Ours | Torch | Nothing
+Side = Ours | Torch | Floor | Nothing
 
 
 def measure_stalls(training: Training, folder: Path, num_rounds: int) -> list[Row]:
@@ -189,6 +229,7 @@ def measure_stalls(training: Training, folder: Path, num_rounds: int) -> list[Ro
         "ours, waited for": Ours(store, 0),
         "async_save": Torch(folder, is_async=True),
         "save": Torch(folder, is_async=False),
+        "floor": Floor(folder / "floor"),
     }
     with closing_all(sides):
         num_steps = 2
@@ -220,6 +261,8 @@ def measure_stalls(training: Training, folder: Path, num_rounds: int) -> list[Ro
             1.0,
             is_less_better=True,
         ),
+        row("stall_s_against_copy_and_write", "s", stalls["ours"], FLOOR, stalls["floor"], None, is_less_better=True),
+        row("stall_s_of_copy_and_write", "s", stalls["floor"], "ours, waited for", stalls["ours, waited for"], None, is_less_better=True),
         row("blocking_s", "s", stalls["ours, waited for"], "torch.distributed.checkpoint.save", stalls["save"], None, is_less_better=True),
     ]
     return [one | {"step_s": round(step_s, 4), "steps_a_turn": num_steps, "state_bytes": training.num_bytes} for one in rows]
