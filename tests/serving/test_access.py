@@ -417,7 +417,7 @@ def test_no_prompt_answer_or_key_is_logged(log: KeyLog, caplog: pytest.LogCaptur
 
         async def generate(self, call: Any) -> Any:
             async for frame in super().generate(call):
-                if isinstance(frame, Output) and frame.finish_reason and call.temperature == 0:
+                if isinstance(frame, Output) and frame.finish_reason and call.sampling.temperature == 0:
                     raise ValueError(f"cannot handle {call.prompt!r} and {frame.text!r}") from KeyError(call.prompt)
                 yield frame
 

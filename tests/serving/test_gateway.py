@@ -13,8 +13,9 @@ from fastapi import FastAPI
 from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
 from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryError, RequestError, StoreUnreachableError
 from tidepool.inference.engine import Output
+from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.registry import ModelVersion
-from tidepool.serving.backend import ContextLengthError, Message, Started
+from tidepool.serving.backend import Chat, ContextLengthError, Message, Started
 from tidepool.serving.gateway import build_gateway
 from tidepool.serving.resolver import Resolver
 from tidepool.specs import GatewaySpec
@@ -64,8 +65,8 @@ def test_a_whole_chat() -> None:
         "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
     }
     call = backend.calls[0]
-    assert (call.base_digest, call.adapter, call.prompt) == (BASE_DIGEST, adapter(), (Message("user", "hi"),))
-    assert (call.max_tokens, call.temperature, call.top_p, call.seed, call.stop) == (None, 0.5, 1.0, 3, ("x",))
+    assert (call.base_digest, call.adapter, call.prompt) == (BASE_DIGEST, adapter(), Chat((Message("user", "hi"),)))
+    assert call.sampling == SamplingParameters(temperature=0.5, seed=3, stop=("x",))
     assert backend.closed == [call.request_id]
 
 
@@ -75,7 +76,7 @@ def test_a_whole_completion_of_the_base() -> None:
     assert body["object"] == "text_completion"
     assert body["choices"] == [{"index": 0, "text": "ab", "logprobs": None, "finish_reason": "length"}]
     assert body["usage"]["completion_tokens"] == 3
-    assert (backend.calls[0].adapter, backend.calls[0].max_tokens, backend.calls[0].prompt) == (None, 4, "hi")
+    assert (backend.calls[0].adapter, backend.calls[0].sampling.max_tokens, backend.calls[0].prompt) == (None, 4, "hi")
 
 
 def test_a_streamed_chat_with_usage() -> None:

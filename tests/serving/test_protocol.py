@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from tidepool.serving.backend import Message
+from tidepool.inference.sampling_parameters import SamplingParameters
+from tidepool.serving.backend import Chat, Message
 from tidepool.serving.problem import Problem, Refusal
 from tidepool.serving.protocol import COMPLETION_MAX_TOKENS, Ask, parse_chat, parse_completion
 
@@ -30,17 +31,17 @@ def problem(parse: Any, body: bytes | dict[str, Any]) -> Problem:
 
 
 def test_the_defaults_are_those_of_openai() -> None:
-    assert completion() == Ask("bot", "hi", COMPLETION_MAX_TOKENS, 1.0, 1.0, None, (), False, False)
-    assert chat() == Ask("bot", (Message("user", "hi"),), None, 1.0, 1.0, None, (), False, False)
+    assert completion() == Ask("bot", "hi", SamplingParameters(COMPLETION_MAX_TOKENS), False, False)
+    assert chat() == Ask("bot", Chat((Message("user", "hi"),)), SamplingParameters(), False, False)
 
 
 def test_every_field_that_is_served_arrives() -> None:
     fields = {"temperature": 0, "top_p": 0.5, "seed": -3, "stop": ["a", "b"], "stream": True, "user": "u"}
-    expected = Ask("bot", "hi", 7, 0.0, 0.5, -3, ("a", "b"), True, True)
+    expected = Ask("bot", "hi", SamplingParameters(7, 0.0, 0.5, -3, ("a", "b")), True, True)
     assert completion(max_tokens=7, stream_options={"include_usage": True}, **fields) == expected
     for limit in ("max_tokens", "max_completion_tokens"):
         ask = chat(**fields, **{limit: 7})
-        assert (ask.max_tokens, ask.stop, ask.seed, ask.include_usage) == (7, ("a", "b"), -3, False)
+        assert (ask.sampling, ask.include_usage) == (SamplingParameters(7, 0.0, 0.5, -3, ("a", "b")), False)
 
 
 @pytest.mark.parametrize(("prompt", "expected"), [("a", "a"), (["a"], "a"), ([1, 2], (1, 2)), ("", "")])
@@ -143,11 +144,11 @@ def test_a_wrong_message_is_named_by_its_place(message: Any, param: str) -> None
 
 def test_an_answer_can_be_sent_back_as_it_came() -> None:
     turn = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "annotations": []}
-    assert chat(messages=[turn]).prompt == (Message("assistant", "x"),)
+    assert chat(messages=[turn]).prompt == Chat((Message("assistant", "x"),))
 
 
 def test_two_limits_must_agree() -> None:
-    assert chat(max_tokens=5, max_completion_tokens=5).max_tokens == 5
+    assert chat(max_tokens=5, max_completion_tokens=5).sampling.max_tokens == 5
     assert problem(parse_chat, CHAT | {"max_tokens": 5, "max_completion_tokens": 6}).param == "max_tokens"
 
 

@@ -39,7 +39,8 @@ class Answer:
             SamplingState(sampling, request.prompt_tokens, number, grammar),
         )
         self.is_over = False
-        self._num_left = min(sampling.max_tokens, context_length - len(request.prompt_tokens))
+        room = context_length - len(request.prompt_tokens)
+        self._num_left = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         self._end_tokens = end_tokens | sampling.stop_token_ids
         self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] if self.sequence.prompt_logprobs is not None else None
         self._detokenizer = Detokenizer(tokenizer)

@@ -149,8 +149,9 @@ class _Gateway:
 
     def _check_max_tokens(self, ask: Ask) -> None:
         limit = self._spec.max_new_tokens
-        if limit is not None and ask.max_tokens is not None and ask.max_tokens > limit:
-            message = f"At most {limit} tokens may be asked for here, not {ask.max_tokens}."
+        asked = ask.sampling.max_tokens
+        if limit is not None and asked is not None and asked > limit:
+            message = f"At most {limit} tokens may be asked for here, not {asked}."
             raise Refusal(Problem(400, message, "max_tokens_too_large", "max_tokens"))
 
 
@@ -317,8 +318,7 @@ def _call(request_id: str, ask: Ask, version: ModelVersion, key: ApiKey | None) 
     base_digest = base_digest_of(version)
     assert base_digest is not None, version.ref
     adapter = version if version.kind == "adapter" else None
-    client = key.id if key else ""
-    return Call(request_id, base_digest, adapter, ask.prompt, ask.max_tokens, ask.temperature, ask.top_p, ask.seed, ask.stop, client)
+    return Call(request_id, base_digest, adapter, ask.prompt, ask.sampling, client=key.id if key else "")
 
 
 def _expect_output(frame: Frame) -> Output:

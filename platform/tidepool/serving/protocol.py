@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError
 
-from tidepool.serving.backend import Message, Prompt
+from tidepool.inference.sampling_parameters import SamplingParameters
+from tidepool.serving.backend import Chat, Message, Prompt
 from tidepool.serving.problem import Problem, Refusal
 
 COMPLETION_MAX_TOKENS = 16
@@ -27,15 +28,11 @@ _INT64 = 2**63
 
 @dataclass(frozen=True)
 class Ask:
-    """A request as it was understood. `max_tokens` None: as many as the context has room for."""
+    """A request as it was understood."""
 
     model: str
     prompt: Prompt
-    max_tokens: int | None
-    temperature: float
-    top_p: float
-    seed: int | None
-    stop: tuple[str, ...]
+    sampling: SamplingParameters
     stream: bool
     include_usage: bool
 
@@ -56,7 +53,7 @@ def parse_chat(body: bytes) -> Ask:
     limits = {limit for limit in (request.max_tokens, request.max_completion_tokens) if limit is not None}
     if len(limits) > 1:
         _refuse("`max_tokens` and `max_completion_tokens` mean the same: give one of them.", "max_tokens")
-    return _ask(request, tuple(Message(message.role, message.content) for message in request.messages), next(iter(limits), None))
+    return _ask(request, Chat(tuple(Message(message.role, message.content) for message in request.messages)), next(iter(limits), None))
 
 
 # --- What is served --------------------------------------------------------------------------------------------------
@@ -215,11 +212,7 @@ def _ask(request: _Request, prompt: Prompt, max_tokens: int | None) -> Ask:
     return Ask(
         model=request.model,
         prompt=prompt,
-        max_tokens=max_tokens,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        seed=request.seed,
-        stop=request.stop,
+        sampling=SamplingParameters(max_tokens, request.temperature, request.top_p, request.seed, request.stop),
         stream=request.stream,
         include_usage=request.stream_options is not None and request.stream_options.include_usage,
     )

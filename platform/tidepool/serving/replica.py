@@ -12,7 +12,6 @@ Adapters are prompted with the base's tokenizer and chat template.
 import asyncio
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -24,10 +23,9 @@ from tidepool.errors import BaseMismatchError, ModelError, RegistryError, Reques
 from tidepool.inference.engine import Engine, GenerationRequest
 from tidepool.inference.linear import weights_dtype
 from tidepool.inference.paged import PagedEngine
-from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.models import ModelSource, attach_adapter, cache_folder, fetch_model, load_model, load_tokenizer
 from tidepool.registry import ModelVersion, Registry
-from tidepool.serving.backend import Call, ContextLengthError, Frame, Message, Prompt, Started
+from tidepool.serving.backend import Call, Chat, ContextLengthError, Frame, Prompt, Started
 from tidepool.specs import EngineSpec
 from tidepool.storage import open_store, release
 
@@ -54,11 +52,11 @@ class Replica:
     async def generate(self, call: Call) -> AsyncGenerator[Frame, None]:
         """See `Backend.generate`; raises `BaseMismatchError` also for an adapter of another base."""
         prompt_tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._tokens, call.prompt)
-        sampling = self._sampling(call, len(prompt_tokens))
+        self._check_room(call.sampling.max_tokens, len(prompt_tokens))
         if call.adapter is not None:
             await self._load_adapter(call.adapter)
         adapter = call.adapter.digest if call.adapter else None
-        request = GenerationRequest(call.request_id, prompt_tokens, sampling, adapter, call.client)
+        request = GenerationRequest(call.request_id, prompt_tokens, call.sampling, adapter, call.client)
         outputs = self._engine.submit(request)
         try:
             yield Started(len(prompt_tokens))
@@ -77,25 +75,23 @@ class Replica:
     def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
         if isinstance(prompt, str):
             return tuple(self._tokenizer(prompt)["input_ids"])
-        messages = [asdict(turn) for turn in prompt if isinstance(turn, Message)]
-        if not messages:
-            return tuple(token for token in prompt if isinstance(token, int))
+        if not isinstance(prompt, Chat):
+            return prompt
         if not self._tokenizer.chat_template:
             raise RequestError("This model has no chat template, so it cannot chat: use /v1/completions.")
+        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
         try:
             return tuple(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         except TemplateError as error:
             raise RequestError(f"The model's chat template refuses these messages: {error}") from error
 
-    def _sampling(self, call: Call, num_prompt_tokens: int) -> SamplingParameters:
-        room = self._context_length - num_prompt_tokens
-        max_tokens = max(room, 1) if call.max_tokens is None else call.max_tokens
-        if max_tokens > room:
+    def _check_room(self, max_tokens: int | None, num_prompt_tokens: int) -> None:
+        num_wanted = 1 if max_tokens is None else max_tokens
+        if num_prompt_tokens + num_wanted > self._context_length:
             raise ContextLengthError(
-                f"The model's context is {self._context_length} tokens; the prompt has {num_prompt_tokens} and at least {max_tokens} "
+                f"The model's context is {self._context_length} tokens; the prompt has {num_prompt_tokens} and at least {num_wanted} "
                 "more are asked for. Shorten the prompt, or ask for fewer tokens."
             )
-        return SamplingParameters(max_tokens, call.temperature, call.top_p, call.seed, call.stop)
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
