@@ -19,7 +19,7 @@ class SamplingParameters:
 
     The defaults leave the model's distribution as it is. `logprobs` and `prompt_logprobs` are numbers of alternatives to tell
     beside each token, 0 for none, None for no log-probability at all. `json_schema` is the text of a JSON schema. `max_tokens` None: as
-    many as the context has room for.
+    many as the context has room for. Special tokens are no part of a text, but for `shown_token_ids`.
     """
 
     max_tokens: int | None = None
@@ -39,6 +39,7 @@ class SamplingParameters:
     prompt_logprobs: int | None = None
     json_schema: str | None = None
     regex: str | None = None
+    shown_token_ids: frozenset[int] = frozenset()
 
     @property
     def has_penalties(self) -> bool:

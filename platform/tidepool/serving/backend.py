@@ -78,9 +78,10 @@ class Started:
 
 @dataclass(frozen=True)
 class Spelling:
-    """The bytes of tokens (of part of a character, it may be) that the log-probabilities of the next frame name for the first time."""
+    """The bytes of tokens that the log-probabilities of the next frame name for the first time; `special` ones are no part of a text."""
 
     of_tokens: Mapping[int, bytes]
+    special: frozenset[int] = frozenset()
 
 
 Frame = Started | Spelling | Output

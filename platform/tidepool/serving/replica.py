@@ -12,20 +12,21 @@ Adapters are prompted with the base's tokenizer and chat template.
 import asyncio
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from tidepool.errors import BaseMismatchError, ModelError, RegistryError, RequestError
-from tidepool.inference.engine import Engine, GenerationRequest
+from tidepool.errors import BaseMismatchError, ModelError, RegistryError
+from tidepool.inference.engine import Engine, GenerationRequest, Output
 from tidepool.inference.linear import weights_dtype
 from tidepool.inference.paged import PagedEngine
 from tidepool.models import ModelSource, attach_adapter, cache_folder, fetch_model, load_model, load_tokenizer
 from tidepool.registry import ModelVersion, Registry
-from tidepool.serving.backend import Call, Chat, ContextLengthError, Frame, Prompt, Started
+from tidepool.serving.backend import Call, Chat, ContextLengthError, Frame, Started
+from tidepool.serving.prompts import Prompts, tokens_named
 from tidepool.specs import EngineSpec
 from tidepool.storage import open_store, release
 
@@ -42,7 +43,7 @@ class Replica:
         cache: Path,
         context_length: int,
     ) -> None:
-        self._engine, self._tokenizer, self._base_digest = engine, tokenizer, base_digest
+        self._engine, self._prompts, self._base_digest = engine, Prompts(tokenizer), base_digest
         self._registry, self._cache = registry, cache
         self._context_length = context_length
         self._loads: dict[str, asyncio.Task[None]] = {}
@@ -51,16 +52,24 @@ class Replica:
 
     async def generate(self, call: Call) -> AsyncGenerator[Frame, None]:
         """See `Backend.generate`; raises `BaseMismatchError` also for an adapter of another base."""
-        prompt_tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._tokens, call.prompt)
-        self._check_room(call.sampling.max_tokens, len(prompt_tokens))
+        started = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._start, call)
+        spelled: set[int] = set()
+        if call.task == "tokenize":
+            self.check()
+            yield started
+            yield self._prompts.spell(set(started.prompt_tokens))
+            yield Output((), "", "stop")
+            return
         if call.adapter is not None:
             await self._load_adapter(call.adapter)
-        adapter = call.adapter.digest if call.adapter else None
-        request = GenerationRequest(call.request_id, prompt_tokens, call.sampling, adapter, call.client)
-        outputs = self._engine.submit(request)
+        outputs = self._engine.submit(self._request(call, started.prompt_tokens))
         try:
-            yield Started(len(prompt_tokens))
+            yield started if call.echo else Started(started.num_prompt_tokens)
             async for output in outputs:
+                if output.logprobs or output.prompt_logprobs:
+                    new = tokens_named(output) - spelled
+                    spelled |= new
+                    yield self._prompts.spell(new)
                 yield output
         finally:
             self._engine.cancel(call.request_id)
@@ -70,20 +79,19 @@ class Replica:
         if self._engine.stats().has_failed:
             raise ModelError("The engine of this replica has failed; its log says why.")
 
-    # --- Prompts -----------------------------------------------------------------------------------------------------
+    def _start(self, call: Call) -> Started:
+        tokens = self._prompts.tokens(call.prompt)
+        if call.task == "generate":
+            self._check_room(call.sampling.max_tokens, len(tokens))
+        text = call.prompt if isinstance(call.prompt, str) else self._prompts.text(tokens) if call.echo else ""
+        return Started(len(tokens), tokens, text)
 
-    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self._tokenizer(prompt)["input_ids"])
-        if not isinstance(prompt, Chat):
-            return prompt
-        if not self._tokenizer.chat_template:
-            raise RequestError("This model has no chat template, so it cannot chat: use /v1/completions.")
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        try:
-            return tuple(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except TemplateError as error:
-            raise RequestError(f"The model's chat template refuses these messages: {error}") from error
+    def _request(self, call: Call, prompt_tokens: tuple[int, ...]) -> GenerationRequest:
+        sampling = call.sampling
+        if isinstance(call.prompt, Chat) and call.prompt.tools:
+            sampling = replace(sampling, shown_token_ids=self._prompts.tool_token_ids)
+        adapter = call.adapter.digest if call.adapter else None
+        return GenerationRequest(call.request_id, prompt_tokens, sampling, adapter, call.client, call.task == "embed")
 
     def _check_room(self, max_tokens: int | None, num_prompt_tokens: int) -> None:
         num_wanted = 1 if max_tokens is None else max_tokens
