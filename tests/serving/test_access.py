@@ -250,7 +250,7 @@ def test_requests_at_one_time_are_counted_until_they_end_however_they_do(stream:
         _, secret = log.create("one", limits=Limits(concurrent_requests=1))
         last = KeyError("secret") if ending == "fails" else Output((2,), "b", "stop")
         backend = FakeBackend(Started(1), Output((1,), "a"), asyncio.Event(), last)
-        body = COMPLETION | {"stream": stream} | ({"n": 2} if ending == "refused" else {})
+        body = COMPLETION | {"stream": stream} | ({"n": 200} if ending == "refused" else {})
         async with client_of(gateway(backend, log=log)) as client:
             for _ in range(3):
                 backend.waiting.clear()
@@ -307,7 +307,7 @@ def test_a_large_body_is_refused_as_the_configuration_says() -> None:
     async def work() -> None:
         async with client_of(gateway(FakeBackend(), GatewaySpec(max_body_bytes=50))) as client:
             response = await client.post("/v1/completions", content=b" " * 51)
-            assert problem(response) == (400, "invalid_request_error", "body_too_large")
+            assert problem(response) == (413, "invalid_request_error", "body_too_large")
 
     run(work())
 

@@ -184,11 +184,13 @@ def test_models_that_cannot_be_resolved(model: str, status: int, code: str, word
 def test_the_models_are_listed_with_their_versions() -> None:
     body = ask(FakeBackend(), "GET", "/v1/models").json()
     common = {"object": "model", "created": 1793613600, "owned_by": "tidepool"}
+    of_base = {"version": 1, "digest": BASE_DIGEST, "kind": "full", "base": None, "base_digest": None, "lineage": {}}
+    of_bot = {"version": 1, "digest": adapter().digest, "kind": "adapter", "base": "tides@1", "base_digest": BASE_DIGEST, "lineage": {}}
     assert body == {
         "object": "list",
         "data": [
-            {"id": "tides", "root": "tides@1", "parent": None, **common},
-            {"id": "bot", "root": "bot@1", "parent": "tides@1", **common},
+            {"id": "tides", "root": "tides@1", "parent": None, **of_base, **common},
+            {"id": "bot", "root": "bot@1", "parent": "tides@1", **of_bot, **common},
         ],
     }
     assert ask(FakeBackend(), "GET", "/v1/models/bot").json() == body["data"][1]
@@ -196,23 +198,23 @@ def test_the_models_are_listed_with_their_versions() -> None:
 
 def test_a_wrong_request_never_reaches_the_backend() -> None:
     backend = FakeBackend()
-    refused = ask(backend, "POST", "/v1/chat/completions", json=CHAT | {"tools": [1]})
+    refused = ask(backend, "POST", "/v1/chat/completions", json=CHAT | {"functions": [1]})
     assert refused.status_code == 400
     assert refused.json()["error"] == {
-        "message": "`tools` is not supported with this value: leave it out, or give [].",
+        "message": "`functions` is not supported with this value: leave it out, or give [].",
         "type": "invalid_request_error",
-        "param": "tools",
+        "param": "functions",
         "code": "unsupported_value",
     }
     assert ask(backend, "POST", "/v1/chat/completions", content=b"{").json()["error"]["code"] == "invalid_json"
     large = ask(backend, "POST", "/v1/completions", content=b" " * (GatewaySpec().max_body_bytes + 1))
-    assert (large.status_code, large.json()["error"]["code"]) == (400, "body_too_large")
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
     assert backend.calls == []
 
 
 def test_health_and_unknown_routes() -> None:
     assert ask(FakeBackend(), "GET", "/health").status_code == 200
-    for method, path, status in (("GET", "/v1/embeddings", 404), ("GET", "/v1/completions", 405)):
+    for method, path, status in (("GET", "/v1/images", 404), ("GET", "/v1/completions", 405)):
         response = ask(FakeBackend(), method, path)
         assert response.status_code == status
         assert "/v1/chat/completions" in response.json()["error"]["message"]

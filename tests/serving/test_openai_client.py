@@ -79,8 +79,8 @@ def test_errors_are_the_clients_own() -> None:
         with pytest.raises(openai.NotFoundError, match="did you mean tides") as missing:
             client.completions.create(model="tide", prompt="hi")
         assert missing.value.code == "model_not_found"
-        with pytest.raises(openai.BadRequestError, match="`n` is not supported") as wrong:
-            client.completions.create(model="tides", prompt="hi", n=2)
+        with pytest.raises(openai.BadRequestError, match="`n`: Input should be less than or equal to 128") as wrong:
+            client.completions.create(model="tides", prompt="hi", n=200)
         assert wrong.value.param == "n"
     with client_of(FakeBackend(EngineBusyError("full"))) as client, pytest.raises(openai.RateLimitError) as busy:
         client.completions.create(model="tides", prompt="hi")

@@ -10,7 +10,7 @@ Adapters are prompted with the base's tokenizer and chat template.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -63,13 +63,16 @@ class Replica:
         if call.adapter is not None:
             await self._load_adapter(call.adapter)
         outputs = self._engine.submit(self._request(call, started.prompt_tokens))
+        has_grammar = call.sampling.json_schema is not None or call.sampling.regex is not None
         try:
+            first = [await anext(outputs)] if has_grammar else []  # it is refused, if it is, before the request counts as taken
             yield started if call.echo else Started(started.num_prompt_tokens)
-            async for output in outputs:
+            async for output in _chain(first, outputs):
                 if output.logprobs or output.prompt_logprobs:
                     new = tokens_named(output) - spelled
-                    spelled |= new
-                    yield self._prompts.spell(new)
+                    if new:
+                        spelled |= new
+                        yield self._prompts.spell(new)
                 yield output
         finally:
             self._engine.cancel(call.request_id)
@@ -127,6 +130,13 @@ class Replica:
             raise ModelError(f"The adapter {version.ref} cannot be fetched: {error}") from error
         finally:
             del self._loads[version.digest]
+
+
+async def _chain(first: list[Output], rest: AsyncIterator[Output]) -> AsyncIterator[Output]:
+    for output in first:
+        yield output
+    async for output in rest:
+        yield output
 
 
 def load_replica(store_url: str, base: ModelSource, spec: EngineSpec, device: Literal["cpu", "cuda"]) -> Replica:
