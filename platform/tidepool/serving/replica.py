@@ -69,7 +69,8 @@ class Replica:
             yield started if call.echo else Started(started.num_prompt_tokens)
             async for output in _chain(first, outputs):
                 if output.logprobs or output.prompt_logprobs:
-                    new = tokens_named(output) - spelled
+                    prompt = started.prompt_tokens if output.prompt_logprobs else ()
+                    new = tokens_named(output).union(prompt) - spelled
                     if new:
                         spelled |= new
                         yield self._prompts.spell(new)

@@ -74,7 +74,7 @@ def check_tools(tools: list[Tool], choice: Any) -> None:
         refuse(f"`tool_choice` names the function {choice.name[:64]!r}, which is not among `tools`.", "tool_choice")
     if choice in (None, "auto") and (strict := [tool.function.name for tool in tools if tool.function.strict]):
         refuse(
-            f"`strict` of {strict[0]} in `tools` cannot be kept with `tool_choice: auto`: leave it out, or require a call by `tool_choice`.",
+            f"`strict` of {strict[0]} in `tools` cannot be kept with `tool_choice: auto`: leave it out, or require a call.",
             "tools",
             "unsupported_value",
         )
