@@ -9,7 +9,7 @@ from pydantic import Field, PlainValidator, WithJsonSchema
 from tidepool.inference.sampling_parameters import MAX_ANSWERS, MAX_TOP_LOGPROBS, SamplingParameters
 from tidepool.serving.api.fields import INT64, Neutral, Part, Request, refuse
 
-_MAX_STOPS = 4
+_MAX_STOPS = 16  # OpenAI takes 4; lm-evaluation-harness sends more
 _TOKEN_ID = re.compile(r"[0-9]{1,9}", re.ASCII)
 
 NumTokens = Annotated[int, Field(ge=1, lt=INT64)]
