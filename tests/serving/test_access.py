@@ -3,18 +3,15 @@
 import asyncio
 import json
 import logging
-import socket
 import ssl
-import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 import yaml
 from fastapi import FastAPI
 from ray.serve._private.http_util import start_asgi_http_server
@@ -23,6 +20,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from tests.certificates import make_certificate
 from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
+from tests.serving.local import served
 from tidepool.errors import RegistryError, SpecError, StoreUnreachableError
 from tidepool.inference.engine import Output
 from tidepool.registry import ModelVersion
@@ -250,7 +248,7 @@ def test_requests_at_one_time_are_counted_until_they_end_however_they_do(stream:
         _, secret = log.create("one", limits=Limits(concurrent_requests=1))
         last = KeyError("secret") if ending == "fails" else Output((2,), "b", "stop")
         backend = FakeBackend(Started(1), Output((1,), "a"), asyncio.Event(), last)
-        body = COMPLETION | {"stream": stream} | ({"n": 2} if ending == "refused" else {})
+        body = COMPLETION | {"stream": stream} | ({"n": 200} if ending == "refused" else {})
         async with client_of(gateway(backend, log=log)) as client:
             for _ in range(3):
                 backend.waiting.clear()
@@ -307,7 +305,7 @@ def test_a_large_body_is_refused_as_the_configuration_says() -> None:
     async def work() -> None:
         async with client_of(gateway(FakeBackend(), GatewaySpec(max_body_bytes=50))) as client:
             response = await client.post("/v1/completions", content=b" " * 51)
-            assert problem(response) == (400, "invalid_request_error", "body_too_large")
+            assert problem(response) == (413, "invalid_request_error", "body_too_large")
 
     run(work())
 
@@ -390,22 +388,6 @@ def test_any_other_address_needs_keys(host: str) -> None:
 # --- What stays out of the logs --------------------------------------------------------------------------------------
 
 
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    """The gateway behind a real HTTP server that logs all it can."""
-    server = uvicorn.Server(uvicorn.Config(app, log_level="debug", lifespan="off", access_log=True))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            server.should_exit = True
-            thread.join()
-
-
 def test_no_prompt_answer_or_key_is_logged(log: KeyLog, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     key, secret = log.create("one", limits=Limits(requests_per_minute=100))
     _, revoked = log.create("two")
@@ -417,7 +399,7 @@ def test_no_prompt_answer_or_key_is_logged(log: KeyLog, caplog: pytest.LogCaptur
 
         async def generate(self, call: Any) -> Any:
             async for frame in super().generate(call):
-                if isinstance(frame, Output) and frame.finish_reason and call.temperature == 0:
+                if isinstance(frame, Output) and frame.finish_reason and call.sampling.temperature == 0:
                     raise ValueError(f"cannot handle {call.prompt!r} and {frame.text!r}") from KeyError(call.prompt)
                 yield frame
 
@@ -425,7 +407,10 @@ def test_no_prompt_answer_or_key_is_logged(log: KeyLog, caplog: pytest.LogCaptur
     bodies: list[Any] = [prompt | {"stream": stream, "temperature": warm} for stream in (False, True) for warm in (0, 1)]
     bodies += [prompt | {"n": "SHIBBOLETH"}, prompt | {"model": "SHIBBOLETH"}, prompt | {"prompt": {"SHIBBOLETH": 1}}]
     statuses = []
-    with caplog.at_level(logging.DEBUG), served(gateway(Quoting(*words("OPEN", "OPEN-SESAME")), log=log)) as url:
+    with (
+        caplog.at_level(logging.DEBUG),
+        served(gateway(Quoting(*words("OPEN", "OPEN-SESAME")), log=log), log_level="debug", access_log=True) as url,
+    ):
         for body in bodies:
             statuses.append(httpx.post(f"{url}/v1/completions", json=body, headers=bearer(secret)).status_code)
         statuses.append(httpx.post(f"{url}/v1/completions", content=b'{"SHIBBOLETH', headers=bearer(secret)).status_code)

@@ -13,8 +13,9 @@ from fastapi import FastAPI
 from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
 from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryError, RequestError, StoreUnreachableError
 from tidepool.inference.engine import Output
+from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.registry import ModelVersion
-from tidepool.serving.backend import ContextLengthError, Message, Started
+from tidepool.serving.backend import Chat, ContextLengthError, Message, Started
 from tidepool.serving.gateway import build_gateway
 from tidepool.serving.resolver import Resolver
 from tidepool.specs import GatewaySpec
@@ -64,8 +65,8 @@ def test_a_whole_chat() -> None:
         "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
     }
     call = backend.calls[0]
-    assert (call.base_digest, call.adapter, call.prompt) == (BASE_DIGEST, adapter(), (Message("user", "hi"),))
-    assert (call.max_tokens, call.temperature, call.top_p, call.seed, call.stop) == (None, 0.5, 1.0, 3, ("x",))
+    assert (call.base_digest, call.adapter, call.prompt) == (BASE_DIGEST, adapter(), Chat((Message("user", "hi"),)))
+    assert call.sampling == SamplingParameters(temperature=0.5, seed=3, stop=("x",))
     assert backend.closed == [call.request_id]
 
 
@@ -75,7 +76,7 @@ def test_a_whole_completion_of_the_base() -> None:
     assert body["object"] == "text_completion"
     assert body["choices"] == [{"index": 0, "text": "ab", "logprobs": None, "finish_reason": "length"}]
     assert body["usage"]["completion_tokens"] == 3
-    assert (backend.calls[0].adapter, backend.calls[0].max_tokens, backend.calls[0].prompt) == (None, 4, "hi")
+    assert (backend.calls[0].adapter, backend.calls[0].sampling.max_tokens, backend.calls[0].prompt) == (None, 4, "hi")
 
 
 def test_a_streamed_chat_with_usage() -> None:
@@ -183,11 +184,13 @@ def test_models_that_cannot_be_resolved(model: str, status: int, code: str, word
 def test_the_models_are_listed_with_their_versions() -> None:
     body = ask(FakeBackend(), "GET", "/v1/models").json()
     common = {"object": "model", "created": 1793613600, "owned_by": "tidepool"}
+    of_base = {"version": 1, "digest": BASE_DIGEST, "kind": "full", "base": None, "base_digest": None, "lineage": {}}
+    of_bot = {"version": 1, "digest": adapter().digest, "kind": "adapter", "base": "tides@1", "base_digest": BASE_DIGEST, "lineage": {}}
     assert body == {
         "object": "list",
         "data": [
-            {"id": "tides", "root": "tides@1", "parent": None, **common},
-            {"id": "bot", "root": "bot@1", "parent": "tides@1", **common},
+            {"id": "tides", "root": "tides@1", "parent": None, **of_base, **common},
+            {"id": "bot", "root": "bot@1", "parent": "tides@1", **of_bot, **common},
         ],
     }
     assert ask(FakeBackend(), "GET", "/v1/models/bot").json() == body["data"][1]
@@ -195,23 +198,23 @@ def test_the_models_are_listed_with_their_versions() -> None:
 
 def test_a_wrong_request_never_reaches_the_backend() -> None:
     backend = FakeBackend()
-    refused = ask(backend, "POST", "/v1/chat/completions", json=CHAT | {"tools": [1]})
+    refused = ask(backend, "POST", "/v1/chat/completions", json=CHAT | {"functions": [1]})
     assert refused.status_code == 400
     assert refused.json()["error"] == {
-        "message": "`tools` is not supported with this value: leave it out, or give [].",
+        "message": "`functions` is not supported with this value: leave it out, or give [].",
         "type": "invalid_request_error",
-        "param": "tools",
+        "param": "functions",
         "code": "unsupported_value",
     }
     assert ask(backend, "POST", "/v1/chat/completions", content=b"{").json()["error"]["code"] == "invalid_json"
     large = ask(backend, "POST", "/v1/completions", content=b" " * (GatewaySpec().max_body_bytes + 1))
-    assert (large.status_code, large.json()["error"]["code"]) == (400, "body_too_large")
+    assert (large.status_code, large.json()["error"]["code"]) == (413, "body_too_large")
     assert backend.calls == []
 
 
 def test_health_and_unknown_routes() -> None:
     assert ask(FakeBackend(), "GET", "/health").status_code == 200
-    for method, path, status in (("GET", "/v1/embeddings", 404), ("GET", "/v1/completions", 405)):
+    for method, path, status in (("GET", "/v1/images", 404), ("GET", "/v1/completions", 405)):
         response = ask(FakeBackend(), method, path)
         assert response.status_code == status
         assert "/v1/chat/completions" in response.json()["error"]["message"]

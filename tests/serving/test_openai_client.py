@@ -1,44 +1,28 @@
 """The real `openai` client against a real HTTP server on loopback: what our users' programs see."""
 
 import asyncio
-import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import openai
 import pytest
-import uvicorn
 from openai import OpenAI
 
-from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
-from tidepool.errors import EngineBusyError, RegistryError
+from tests.serving.fakes import FakeBackend, words
+from tests.serving.local import gateway_of, served
+from tidepool.errors import EngineBusyError
 from tidepool.inference.engine import Output
-from tidepool.registry import ModelVersion
 from tidepool.serving.backend import Started
-from tidepool.serving.gateway import build_gateway
-from tidepool.serving.resolver import Resolver
-
-
-def lookup(ref: str) -> ModelVersion:
-    raise RegistryError(f"No {ref}.")
 
 
 @contextmanager
 def client_of(backend: FakeBackend) -> Iterator[OpenAI]:
-    app = build_gateway(Resolver(lookup, {"tides": full(), "bot": adapter()}, {BASE_DIGEST}, ttl_s=60), backend)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        listener.listen()  # from here on a client's connection waits until the server accepts it
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            with OpenAI(base_url=f"http://127.0.0.1:{listener.getsockname()[1]}/v1", api_key="any", max_retries=0, timeout=20) as client:
-                yield client
-        finally:
-            server.should_exit = True
-            thread.join()
+    with (
+        served(gateway_of(backend), log_level="error") as url,
+        OpenAI(base_url=f"{url}/v1", api_key="any", max_retries=0, timeout=20) as client,
+    ):
+        yield client
 
 
 def test_both_endpoints_streamed_and_not() -> None:
@@ -79,8 +63,8 @@ def test_errors_are_the_clients_own() -> None:
         with pytest.raises(openai.NotFoundError, match="did you mean tides") as missing:
             client.completions.create(model="tide", prompt="hi")
         assert missing.value.code == "model_not_found"
-        with pytest.raises(openai.BadRequestError, match="`n` is not supported") as wrong:
-            client.completions.create(model="tides", prompt="hi", n=2)
+        with pytest.raises(openai.BadRequestError, match="`n`: Input should be less than or equal to 128") as wrong:
+            client.completions.create(model="tides", prompt="hi", n=200)
         assert wrong.value.param == "n"
     with client_of(FakeBackend(EngineBusyError("full"))) as client, pytest.raises(openai.RateLimitError) as busy:
         client.completions.create(model="tides", prompt="hi")

@@ -5,9 +5,12 @@ from typing import Any
 
 import pytest
 
-from tidepool.serving.backend import Message
+from tidepool.inference.sampling_parameters import SamplingParameters
+from tidepool.serving.api.ask import Ask
+from tidepool.serving.api.chat import ChatForm, parse_chat
+from tidepool.serving.api.completions import COMPLETION_MAX_TOKENS, CompletionForm, parse_completion
+from tidepool.serving.backend import Chat, Message
 from tidepool.serving.problem import Problem, Refusal
-from tidepool.serving.protocol import COMPLETION_MAX_TOKENS, Ask, parse_chat, parse_completion
 
 CHAT = {"model": "bot", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "bot", "prompt": "hi"}
@@ -30,30 +33,57 @@ def problem(parse: Any, body: bytes | dict[str, Any]) -> Problem:
 
 
 def test_the_defaults_are_those_of_openai() -> None:
-    assert completion() == Ask("bot", "hi", COMPLETION_MAX_TOKENS, 1.0, 1.0, None, (), False, False)
-    assert chat() == Ask("bot", (Message("user", "hi"),), None, 1.0, 1.0, None, (), False, False)
+    assert completion() == Ask("bot", ("hi",), CompletionForm(), SamplingParameters(COMPLETION_MAX_TOKENS))
+    assert chat() == Ask("bot", (Chat((Message("user", "hi"),)),), ChatForm(), SamplingParameters())
 
 
 def test_every_field_that_is_served_arrives() -> None:
-    fields = {"temperature": 0, "top_p": 0.5, "seed": -3, "stop": ["a", "b"], "stream": True, "user": "u"}
-    expected = Ask("bot", "hi", 7, 0.0, 0.5, -3, ("a", "b"), True, True)
-    assert completion(max_tokens=7, stream_options={"include_usage": True}, **fields) == expected
+    fields = {"temperature": 0, "top_p": 0.5, "seed": -3, "stop": ["a", "b"], "n": 2, "presence_penalty": 0.5, "frequency_penalty": -1}
+    fields |= {"logit_bias": {"5": 1.5, "6": -100}, "top_k": 7, "min_p": 0.1, "repetition_penalty": 1.1, "stop_token_ids": [9]}
+    fields |= {"stream": True, "user": "u"}
+    sampling = SamplingParameters(7, 0.0, 0.5, -3, ("a", "b"), 7, 0.1, 1.1, 0.5, -1.0, ((5, 1.5), (6, -100.0)), frozenset([9]), 2)
+    options = {"stream_options": {"include_usage": True}}
+    expected = Ask("bot", ("hi",), CompletionForm(n=2, include_usage=True), sampling, stream=True)
+    assert completion(max_tokens=7, **options, **fields) == expected
     for limit in ("max_tokens", "max_completion_tokens"):
         ask = chat(**fields, **{limit: 7})
-        assert (ask.max_tokens, ask.stop, ask.seed, ask.include_usage) == (7, ("a", "b"), -3, False)
+        assert (ask.sampling, ask.stream, ask.form) == (sampling, True, ChatForm(n=2))
 
 
-@pytest.mark.parametrize(("prompt", "expected"), [("a", "a"), (["a"], "a"), ([1, 2], (1, 2)), ("", "")])
+def test_log_probabilities_and_forms_of_answers_arrive() -> None:
+    assert completion(logprobs=0).sampling.logprobs == 0
+    with_echo = completion(logprobs=3, echo=True)
+    assert (with_echo.sampling.logprobs, with_echo.sampling.prompt_logprobs, with_echo.echo) == (3, 3, True)
+    assert chat(logprobs=True).sampling.logprobs == 0
+    assert chat(logprobs=True, top_logprobs=4).sampling.logprobs == 4
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    assert chat(response_format={"type": "json_object"}).sampling.json_schema == '{"type": "object"}'
+    named = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+    assert chat(response_format=named).sampling.json_schema == json.dumps(schema)
+    assert completion(structured_outputs={"json": schema}).sampling.json_schema == json.dumps(schema)
+    assert completion(structured_outputs={"regex": "a+"}).sampling.regex == "a+"
+
+
+def test_a_prompt_alone() -> None:
+    ask = completion(max_tokens=0, echo=True)
+    assert (ask.is_prompt_alone, ask.sampling.max_tokens) == (True, 1)
+    assert problem(parse_completion, COMPLETION | {"max_tokens": 0}).param == "max_tokens"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [("a", ("a",)), (["a"], ("a",)), ([1, 2], ((1, 2),)), ("", ("",)), (["a", "b"], ("a", "b")), ([[1], [2, 3]], ((1,), (2, 3)))],
+)
 def test_prompts(prompt: Any, expected: Any) -> None:
-    assert completion(prompt=prompt).prompt == expected
+    assert completion(prompt=prompt).prompts == expected
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [], [[1]], [1, "a"], [True], [-1], [1.5], {"a": 1}, 3, [2**63]])
+@pytest.mark.parametrize("prompt", [[], [[]], [["a"]], [1, "a"], ["a", True], None, ["a"] * 129, [True], [-1], [1.5], {"a": 1}, 3, [2**63]])
 def test_other_prompts_are_refused(prompt: Any) -> None:
     assert problem(parse_completion, COMPLETION | {"prompt": prompt}).param == "prompt"
 
 
-NEUTRAL = [("n", 1), ("presence_penalty", 0.0), ("frequency_penalty", 0), ("logit_bias", {}), ("logit_bias", None), ("max_tokens", None)]
+NEUTRAL = [("n", 1), ("presence_penalty", 0.0), ("frequency_penalty", 0), ("logit_bias", {}), ("logit_bias", None), ("user", "u")]
 
 
 @pytest.mark.parametrize(("field", "value"), [*NEUTRAL, ("tools", []), ("response_format", {"type": "text"}), ("logprobs", False)])
@@ -63,24 +93,21 @@ def test_a_value_that_changes_nothing_is_accepted_in_a_chat(field: str, value: A
 
 @pytest.mark.parametrize(("field", "value"), [*NEUTRAL, ("echo", False), ("best_of", 1), ("logprobs", None), ("suffix", None)])
 def test_a_value_that_changes_nothing_is_accepted_in_a_completion(field: str, value: Any) -> None:
-    defaults = {"max_tokens": COMPLETION_MAX_TOKENS} if field == "max_tokens" else {}
-    assert completion(**{field: value}) == completion(**defaults)
+    assert completion(**{field: value}) == completion()
 
 
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("n", True),
-        ("logprobs", True),
-        ("top_logprobs", 3),
-        ("tools", [{"type": "function"}]),
-        ("tool_choice", "auto"),
-        ("response_format", {"type": "json_object"}),
-        ("presence_penalty", 0.5),
-        ("logit_bias", {"5": 1}),
+        ("functions", [{"name": "f"}]),
+        ("function_call", "auto"),
+        ("store", True),
+        ("store", 0),
+        ("modalities", ["text", "audio"]),
         ("audio", {}),
         ("reasoning_effort", "low"),
+        ("prediction", {"type": "content"}),
+        ("tools", [{"type": "function", "function": {"name": "f", "strict": True}}]),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(field: str, value: Any) -> None:
@@ -94,13 +121,33 @@ def test_what_is_not_served_is_refused_by_name(field: str, value: Any) -> None:
     [
         ("temperature", 2.1),
         ("temperature", "1"),
+        ("temperature", -0.1),
+        ("n", 0),
+        ("n", 129),
+        ("n", True),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -2.5),
+        ("logit_bias", {"a": 1}),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": True}),
+        ("logprobs", 3),
+        ("top_logprobs", 3),
+        ("top_logprobs", 21),
+        ("repetition_penalty", 0),
+        ("top_k", -1),
+        ("min_p", 1.1),
+        ("stop_token_ids", [-1]),
+        ("tools", [1] * 129),
+        ("tool_choice", "required"),
+        ("tool_choice", {"type": "function", "function": {"name": "absent"}}),
+        ("response_format", "json"),
         ("top_p", 0),
         ("max_tokens", 0),
         ("max_tokens", 1.5),
         ("max_tokens", True),
         ("max_tokens", 2**63),
         ("seed", 2**63),
-        ("stop", ["a"] * 5),
+        ("stop", ["a"] * 17),
         ("stop", ""),
         ("stop", [1]),
         ("stream", 1),
@@ -113,13 +160,15 @@ def test_what_is_not_served_is_refused_by_name(field: str, value: Any) -> None:
     ],
 )
 def test_values_out_of_range_or_of_another_type_are_refused_by_name(field: str, value: Any) -> None:
-    assert problem(parse_chat, CHAT | {field: value}).param == field
+    param = problem(parse_chat, CHAT | {field: value}).param
+    assert param is not None
+    assert param.partition("[")[0] == field
 
 
 def test_an_unknown_field_names_the_nearest_one() -> None:
     found = problem(parse_chat, CHAT | {"temprature": 1})
     assert (found.param, found.code) == ("temprature", "unknown_field")
-    assert "did you mean `temperature`?" in found.message
+    assert found.message == "`temprature` is no field here; did you mean `temperature`?"
     assert "`stream`" in problem(parse_completion, COMPLETION | {"zzz": 1}).message
     assert problem(parse_completion, COMPLETION | {"messages": []}).param == "messages"
     nested = problem(parse_completion, COMPLETION | {"stream": True, "stream_options": {"include_usag": True}})
@@ -129,10 +178,20 @@ def test_an_unknown_field_names_the_nearest_one() -> None:
 @pytest.mark.parametrize(
     ("message", "param"),
     [
-        ({"role": "tool", "content": "x"}, "messages[1].role"),
+        ({"role": "poet", "content": "x"}, "messages[1].role"),
         ({"role": "user", "content": [{"type": "image_url"}]}, "messages[1].content"),
-        ({"role": "user"}, "messages[1].content"),
-        ({"role": "user", "content": "x", "name": "ada"}, "messages[1].name"),
+        ({"role": "user", "content": [{"type": "text", "text": "x", "cache": 1}]}, "messages[1].content"),
+        ({"role": "user", "content": []}, "messages[1].content"),
+        ({"role": "user"}, "messages[1]"),
+        ({"role": "tool", "content": "x"}, "messages[1]"),
+        ({"role": "user", "content": "x", "tool_call_id": "c"}, "messages[1]"),
+        ({"role": "user", "content": "x", "name": "ada"}, "messages[1]"),
+        ({"role": "user", "content": "x", "audio": {"id": 1}}, "messages[1].audio"),
+        (
+            {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{"}}]},
+            "messages[1].tool_calls[0].function.arguments",
+        ),
+        ({"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f"}}]}, "messages[1].tool_calls[0].function.arguments"),
         ({"role": "user", "content": "x", "contents": "y"}, "messages[1].contents"),
         ("hi", "messages[1]"),
     ],
@@ -143,11 +202,11 @@ def test_a_wrong_message_is_named_by_its_place(message: Any, param: str) -> None
 
 def test_an_answer_can_be_sent_back_as_it_came() -> None:
     turn = {"role": "assistant", "content": "x", "refusal": None, "tool_calls": None, "annotations": []}
-    assert chat(messages=[turn]).prompt == (Message("assistant", "x"),)
+    assert chat(messages=[turn]).prompts == (Chat((Message("assistant", "x"),)),)
 
 
 def test_two_limits_must_agree() -> None:
-    assert chat(max_tokens=5, max_completion_tokens=5).max_tokens == 5
+    assert chat(max_tokens=5, max_completion_tokens=5).sampling.max_tokens == 5
     assert problem(parse_chat, CHAT | {"max_tokens": 5, "max_completion_tokens": 6}).param == "max_tokens"
 
 

@@ -12,9 +12,10 @@ import torch
 from tests.serving.models import Published
 from tidepool.errors import BaseMismatchError, EngineBusyError, ModelError, RequestError
 from tidepool.inference.engine import EngineStats, GenerationRequest, Output
+from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.models import ModelSource
 from tidepool.registry import FileEntry, ModelVersion, Registry, files_digest
-from tidepool.serving.backend import Call, ContextLengthError, Frame, Message, Prompt, Started
+from tidepool.serving.backend import Call, Chat, ContextLengthError, Frame, Message, Prompt, Started
 from tidepool.serving.replica import Replica, load_replica
 from tidepool.specs import EngineSpec
 from tidepool.storage import open_store
@@ -76,8 +77,8 @@ def replica_of(engine: FakeEngine, published: Published, cache: Path, tokenizer:
 
 
 def call_of(published: Published, prompt: Prompt = "the tide", adapter: ModelVersion | None = None, **fields: Any) -> Call:
-    values = {"request_id": "r1", "max_tokens": 4} | fields
-    return Call(base_digest=published.base.digest, adapter=adapter, prompt=prompt, **values)
+    request_id = fields.pop("request_id", "r1")
+    return Call(request_id, published.base.digest, adapter, prompt, SamplingParameters(**{"max_tokens": 4} | fields))
 
 
 async def frames_of(replica: Replica, call: Call) -> list[Frame]:
@@ -103,7 +104,7 @@ def test_a_text_a_list_of_tokens_and_a_chat_become_tokens(published: Published, 
 
     async def run() -> None:
         replica = replica_of(engine, published, tmp_path)
-        for prompt in ("the tide", (3, 4, 5), (Message("user", "hi"),)):
+        for prompt in ("the tide", (3, 4, 5), Chat((Message("user", "hi"),))):
             frames = await frames_of(replica, call_of(published, prompt, temperature=0.5, top_p=0.9, seed=1, stop=("x",)))
             assert frames == [Started(len(engine.requests[-1].prompt_tokens)), Output((1,), "some"), Output((2,), "thing", "stop")]
 
@@ -121,7 +122,7 @@ def test_without_a_limit_the_answer_may_fill_the_context(published: Published, t
     engine = FakeEngine()
     asyncio.run(frames_of(replica_of(engine, published, tmp_path), call_of(published, (1,) * 10, max_tokens=None)))
     asyncio.run(frames_of(replica_of(engine, published, tmp_path), call_of(published, (1,) * 10, max_tokens=14)))
-    assert [request.sampling.max_tokens for request in engine.requests] == [CONTEXT - 10] * 2
+    assert [request.sampling.max_tokens for request in engine.requests] == [None, CONTEXT - 10]
 
 
 @pytest.mark.parametrize(("num_prompt", "max_tokens"), [(24, None), (30, None), (10, 15), (24, 1)])
@@ -136,7 +137,7 @@ def test_a_template_that_is_not_there_or_refuses_is_the_clients_to_know(publishe
     bare, strict = copy.deepcopy(published.tokenizer), copy.deepcopy(published.tokenizer)
     bare.chat_template = None
     strict.chat_template = "{{ raise_exception('no system turns') }}"
-    chat = call_of(published, (Message("system", "hi"),))
+    chat = call_of(published, Chat((Message("system", "hi"),)))
     with pytest.raises(RequestError, match="no chat template"):
         asyncio.run(frames_of(replica_of(FakeEngine(), published, tmp_path, bare), chat))
     with pytest.raises(RequestError, match="no system turns"):

@@ -143,7 +143,7 @@ def signals(cluster: LocalCluster) -> Iterator[Any]:
 
 
 def call_of(prompt: str) -> Call:
-    return Call("r", BASE_DIGEST, None, prompt, 1)
+    return Call("r", BASE_DIGEST, None, prompt)
 
 
 async def frames_of(backend: ServeBackend, prompt: str) -> list[Frame]:

@@ -4,6 +4,7 @@ Invariants: each token gives one output; the last one alone has a finish reason.
 tokens and is no part of the text. `accept` is quick, since the next step waits for it; `tell` makes the text.
 """
 
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tidepool.inference.detokenizer import Detokenizer
@@ -11,6 +12,7 @@ from tidepool.inference.engine import FinishReason, GenerationRequest, Output
 from tidepool.inference.grammar import CompiledGrammar
 from tidepool.inference.log_probabilities import TokenLogprobs
 from tidepool.inference.sampler import SamplingState
+from tidepool.inference.scheduler import Chunk
 from tidepool.inference.sequence import Sequence
 from tidepool.inference.stop_strings import StopStrings
 
@@ -36,19 +38,30 @@ class Answer:
             request.adapter,
             request.fairness_key,
             sampling.prompt_logprobs if number == 0 else None,
-            SamplingState(sampling, request.prompt_tokens, number, grammar),
+            None if request.is_embedding else SamplingState(sampling, request.prompt_tokens, number, grammar),
+            request.is_embedding,
         )
         self.is_over = False
-        self._num_left = min(sampling.max_tokens, context_length - len(request.prompt_tokens))
+        room = context_length - len(request.prompt_tokens)
+        self._num_left = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
         self._end_tokens = end_tokens | sampling.stop_token_ids
         self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] if self.sequence.prompt_logprobs is not None else None
-        self._detokenizer = Detokenizer(tokenizer)
+        self._hidden_sum_H: Tensor | None = None
+        self._detokenizer = Detokenizer(tokenizer, sampling.shown_token_ids)
         self._stops = StopStrings(sampling.stop)
 
     def keep_prompt_logprobs(self, start: int, logprobs: tuple[TokenLogprobs, ...]) -> None:
         """Those of the tokens after token `start` of the prompt; a prompt that is computed again brings them again."""
         if self._prompt_logprobs is not None:
             self._prompt_logprobs[start + 1 :] = logprobs
+
+    def embed(self, chunk: Chunk, hidden_sum_H: Tensor) -> Output | None:
+        """Take in the sum of a chunk's hidden states; returns the mean after the last chunk. A prompt that begins anew is summed anew."""
+        before = self._hidden_sum_H if chunk.start else None
+        self._hidden_sum_H = hidden_sum_H if before is None else before + hidden_sum_H
+        if not chunk.is_last:
+            return None
+        return Output((), "", "stop", embedding=tuple((self._hidden_sum_H / chunk.end).tolist()))
 
     def accept(self, token: int) -> FinishReason | None:
         """The next token has been chosen; returns what ends the answer, unless its text does."""

@@ -15,18 +15,25 @@ _REPLACEMENT = "\ufffd"
 
 
 class Detokenizer:
-    """The text of one answer."""
+    """The text of one answer; of special tokens `shown` alone are part of it, as they are written."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._way = _Bytes(tokenizer) if _is_byte_level(tokenizer) else _Window(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, shown: frozenset[int] = frozenset()) -> None:
+        self._tokenizer, self._shown = tokenizer, shown
+        self._way = self._begin()
 
     def push(self, token: int) -> str:
         """The text that is certain with one more token."""
+        if token in self._shown:
+            rest, self._way = self._way.finish(), self._begin()
+            return rest + str(self._tokenizer.convert_ids_to_tokens(token))
         return self._way.push(token)
 
     def finish(self) -> str:
         """The rest, in which bytes that make no character have become U+FFFD."""
         return self._way.finish()
+
+    def _begin(self) -> "_Bytes | _Window":
+        return _Bytes(self._tokenizer) if is_byte_level(self._tokenizer) else _Window(self._tokenizer)
 
 
 class _Window:
@@ -87,15 +94,16 @@ class _Table(dict[int, bytes]):
         piece = self._raw.id_to_token(token)
         if piece is None or token in self._special:
             found = b""
-        elif all(character in _BYTES for character in piece):
-            found = bytes(_BYTES[character] for character in piece)
+        elif all(character in BYTES for character in piece):
+            found = bytes(BYTES[character] for character in piece)
         else:  # added to the vocabulary as it is written
             found = piece.encode()
         self[token] = found
         return found
 
 
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+def is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer's tokens are bytes, each written as a character of `BYTES`."""
     return isinstance(tokenizer, PreTrainedTokenizerFast) and isinstance(tokenizer.backend_tokenizer.decoder, decoders.ByteLevel)
 
 
@@ -107,5 +115,5 @@ def _byte_characters() -> dict[str, int]:
     return {character: ord(character) for character in themselves} | dict(zip(alphabet[len(themselves) :], others, strict=True))
 
 
-_BYTES = _byte_characters()
+BYTES = _byte_characters()
 _tables: weakref.WeakKeyDictionary[PreTrainedTokenizerFast, _Table] = weakref.WeakKeyDictionary()

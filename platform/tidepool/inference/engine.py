@@ -20,7 +20,8 @@ FinishReason = Literal["stop", "length", "cancelled"]
 class GenerationRequest:
     """A prompt of at least one token to continue, with the adapter of this digest (None: the base model alone).
 
-    Requests with the same adapter and `fairness_key` share what one client gets of a busy engine.
+    Requests with the same adapter and `fairness_key` share what one client gets of a busy engine. An embedding is asked for with
+    `is_embedding`: then the prompt alone is computed, `sampling` says nothing, and the one output holds it.
     """
 
     request_id: str
@@ -28,6 +29,7 @@ class GenerationRequest:
     sampling: SamplingParameters
     adapter: str | None = None
     fairness_key: str = ""
+    is_embedding: bool = False
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Output:
 
     Texts put together are the whole answer: valid UTF-8, without stop strings and special tokens. The last output of each answer
     alone has a `finish_reason`. `logprobs` has one entry for each of `token_ids`, if the request asks for them; `prompt_logprobs`, in
-    the first output of answer 0, one for each token of the prompt (None for the first).
+    the first output of answer 0, one for each token of the prompt (None for the first). `embedding` is the mean of the prompt's last hidden
+    states, after the model's last norm.
     """
 
     token_ids: tuple[int, ...]
@@ -45,6 +48,7 @@ class Output:
     answer: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs | None, ...] = ()
+    embedding: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,11 @@ class PagedEngine:
             self._tell(live, result.error)
             self._end(live)
             return None
+        if result.hidden_sum_H is not None:
+            if output := answer.embed(result.chunk, result.hidden_sum_H):
+                self._tell(live, output)
+                self._end(live)
+            return None
         answer.keep_prompt_logprobs(result.chunk.start, result.prompt_logprobs)
         if result.token is None:
             return None
@@ -256,9 +261,10 @@ class PagedEngine:
         prompt = request.prompt_tokens
         if not prompt:
             raise RequestError("The prompt is empty: give at least one token.")
-        if len(prompt) >= self.context_length:
+        if len(prompt) + (not request.is_embedding) > self.context_length:
             raise RequestError(
-                f"The prompt has {len(prompt)} tokens, and the context of {self.context_length} must hold at least one more: shorten it."
+                f"The prompt has {len(prompt)} tokens, and the context of {self.context_length} must hold "
+                f"{'it' if request.is_embedding else 'at least one more'}: shorten it."
             )
         if unknown := [token for token in prompt if not 0 <= token < self._num_tokens]:
             raise RequestError(f"The model has no token {unknown[0]}: its tokens are 0 to {self._num_tokens - 1}. Use its own tokenizer.")

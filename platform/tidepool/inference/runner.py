@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from tidepool.errors import ModelError
 from tidepool.inference import native
-from tidepool.inference.attention import Cache, check_attention, pack, pack_alone
+from tidepool.inference.attention import Cache, Ragged, check_attention, pack, pack_alone
 from tidepool.inference.log_probabilities import TokenLogprobs, prompt_logprobs
 from tidepool.inference.sampler import Sampler, SamplingState
 from tidepool.inference.scheduler import Chunk
@@ -43,6 +43,8 @@ class Computed:
     logprobs: TokenLogprobs | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: Exception | None = None
+    hidden_sum_H: Tensor | None = None
+    """Of a chunk of an embedding: float32, in host memory."""
 
 
 class ModelRunner:
@@ -81,7 +83,10 @@ class ModelRunner:
             ordered = sorted(group, key=lambda chunk: chunk.end - chunk.start > 1)
             try:
                 self._select(adapter)
-                results += self._compute(ordered)
+                embedding = [chunk for chunk in ordered if chunk.sequence.is_embedding]
+                answering = [chunk for chunk in ordered if not chunk.sequence.is_embedding]
+                computed = self._embed(embedding) if embedding else []  # first: the others may have found its blocks in this step
+                results += computed + (self._compute(answering) if answering else [])
             except Exception as error:  # noqa: BLE001 whatever the model raises, the engine must serve the requests after these
                 results += [Computed(chunk, error=error) for chunk in ordered]
         return results
@@ -118,10 +123,21 @@ class ModelRunner:
 
     # --- A forward pass ----------------------------------------------------------------------------------------------
 
+    def _embed(self, chunks: list[Chunk]) -> list[Computed]:
+        """One forward pass over chunks of prompts, up to the hidden states after the last norm."""
+        ragged = self._pack(chunks)
+        inner = self._base.base_model
+        hidden_TH = inner(input_ids=ragged.tokens_1T, position_ids=ragged.positions_1T, use_cache=False, paged=ragged).last_hidden_state[0]
+        sums = [part.float().sum(dim=0).cpu() for part in hidden_TH.split([chunk.end - chunk.start for chunk in chunks])]
+        return [Computed(chunk, hidden_sum_H=hidden_sum_H) for chunk, hidden_sum_H in zip(chunks, sums, strict=True)]
+
+    def _pack(self, chunks: list[Chunk]) -> Ragged:
+        assert self._cache is not None
+        return pack_alone(chunks, self._cache) if self._batch_invariant else pack(chunks, self._cache, self._base.device)
+
     def _compute(self, chunks: list[Chunk]) -> list[Computed]:
         """One forward pass over chunks of the same adapter, those of one token first, and the tokens that follow from it."""
-        assert self._cache is not None
-        ragged = pack_alone(chunks, self._cache) if self._batch_invariant else pack(chunks, self._cache, self._base.device)
+        ragged = self._pack(chunks)
         rows, spans = _wanted(chunks)
         logits_NV = self._base(
             input_ids=ragged.tokens_1T,

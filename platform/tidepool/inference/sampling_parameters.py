@@ -18,10 +18,11 @@ class SamplingParameters:
     """How tokens are chosen. `temperature` 0 takes the most likely one; `seed` makes the draws of a request repeatable.
 
     The defaults leave the model's distribution as it is. `logprobs` and `prompt_logprobs` are numbers of alternatives to tell
-    beside each token, 0 for none, None for no log-probability at all. `json_schema` is the text of a JSON schema.
+    beside each token, 0 for none, None for no log-probability at all. `json_schema` is the text of a JSON schema. `max_tokens` None: as
+    many as the context has room for. Special tokens are no part of a text, but for `shown_token_ids`.
     """
 
-    max_tokens: int
+    max_tokens: int | None = None
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int | None = None
@@ -38,6 +39,7 @@ class SamplingParameters:
     prompt_logprobs: int | None = None
     json_schema: str | None = None
     regex: str | None = None
+    shown_token_ids: frozenset[int] = frozenset()
 
     @property
     def has_penalties(self) -> bool:
@@ -56,7 +58,7 @@ class SamplingParameters:
             raise RequestError("A request asks for a JSON schema and for a regular expression: give one of them.")
 
     def _check_ranges(self) -> None:
-        if self.max_tokens < 1:
+        if self.max_tokens is not None and self.max_tokens < 1:
             raise RequestError(f"max_tokens is {self.max_tokens}: ask for at least one.")
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
             raise RequestError(f"temperature is {self.temperature}: give a number that is not negative.")

@@ -190,7 +190,7 @@ class Scheduler:
 
     def _find(self, sequence: Sequence) -> list[int]:
         """The published blocks that begin the sequence; its last token is always computed, since its logits are wanted."""
-        if sequence.prompt_logprobs is not None:
+        if sequence.prompt_logprobs is not None or sequence.is_embedding:
             return []
         num_blocks = (len(sequence.tokens) - 1) // self._blocks.block_size
         self._extend_keys(sequence, num_blocks)

@@ -12,7 +12,7 @@ class Sequence:
 
     `keys` are those of the full blocks, `num_charged` tokens have been charged to the client. `client` is who is served beside the
     adapter: the scheduler is fair between them. `prompt_logprobs`: that many alternatives for each token of the prompt, each of which
-    has to be computed then, whatever is in the cache.
+    has to be computed then, whatever is in the cache; so it is for an embedding, which has no `sampling`.
     """
 
     tokens: list[int]
@@ -20,6 +20,7 @@ class Sequence:
     client: str = ""
     prompt_logprobs: int | None = None
     sampling: SamplingState | None = None
+    is_embedding: bool = False
     num_prompt: int = 0
     num_computed: int = 0
     num_charged: int = 0

@@ -1,11 +1,12 @@
 """What travels between the gateway and the replicas, and the one call that carries it. Knows no Ray and no HTTP."""
 
-from collections.abc import AsyncGenerator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from tidepool.errors import RequestError
 from tidepool.inference.engine import Output
+from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.registry import ModelVersion
 
 
@@ -14,49 +15,83 @@ class ContextLengthError(RequestError):
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A call that the model made in an earlier turn; `arguments` are a JSON object."""
+
+    id: str
+    name: str
+    arguments: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn of a chat."""
+    """One turn of a chat. `tool_calls` are an assistant's; `tool_call_id` says which of them a tool answers, `name` which tool it is."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "user", "assistant", "tool"]
     content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
 
 
-Prompt = str | tuple[int, ...] | tuple[Message, ...]
-"""Text, token ids, or a chat that the model's template turns into text."""
+@dataclass(frozen=True)
+class Chat:
+    """Turns, and the tools that the model is told of, each as OpenAI describes a tool: the model's template turns them into text."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+Prompt = str | tuple[int, ...] | Chat
+Task = Literal["generate", "embed", "tokenize"]
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request to a base model's replicas. `max_tokens` None: as many as the context has room for."""
+    """One request to a base model's replicas.
+
+    `task` is what is asked for: answers (`sampling` says how), the prompt's embedding, or its tokens. With `echo` the first frame holds
+    the prompt. `client` is whom the engine is fair to: the id of the key that asks.
+    """
 
     request_id: str
     base_digest: str
     adapter: ModelVersion | None
     prompt: Prompt
-    max_tokens: int | None
-    temperature: float = 1.0
-    top_p: float = 1.0
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    sampling: SamplingParameters = field(default_factory=SamplingParameters)
+    task: Task = "generate"
+    echo: bool = False
     client: str = ""
-    """Whom the engine is fair to: the id of the key that asks."""
 
 
 @dataclass(frozen=True)
 class Started:
-    """The first frame of a stream: the engine has taken the request, whose prompt has so many tokens."""
+    """The first frame of a stream: the request has been taken, and its prompt has so many tokens.
+
+    `prompt_tokens` and `prompt_text` are there for those who asked for them.
+    """
 
     num_prompt_tokens: int
+    prompt_tokens: tuple[int, ...] = ()
+    prompt_text: str = ""
 
 
-Frame = Started | Output
+@dataclass(frozen=True)
+class Spelling:
+    """The bytes of tokens that the log-probabilities of the next frame name for the first time; `special` ones are no part of a text."""
+
+    of_tokens: Mapping[int, bytes]
+    special: frozenset[int] = frozenset()
+
+
+Frame = Started | Spelling | Output
 
 
 class Backend(Protocol):
     """The replicas of all base models, seen from the gateway."""
 
     def generate(self, call: Call) -> AsyncGenerator[Frame, None]:
-        """One `Started`, then outputs up to the one with a finish reason. Closing it early cancels the request.
+        """One `Started`, then outputs up to the one with a finish reason of each answer. Closing it early cancels the request.
 
         Raises at the first frame `RequestError`, `EngineBusyError`, `ModelError` or `StoreError` (the adapter cannot be
         loaded); at any frame `ClusterError` if the replica is gone.

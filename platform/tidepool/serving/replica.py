@@ -10,24 +10,23 @@ Adapters are prompted with the base's tokenizer and chat template.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from tidepool.errors import BaseMismatchError, ModelError, RegistryError, RequestError
-from tidepool.inference.engine import Engine, GenerationRequest
+from tidepool.errors import BaseMismatchError, ModelError, RegistryError
+from tidepool.inference.engine import Engine, GenerationRequest, Output
 from tidepool.inference.linear import weights_dtype
 from tidepool.inference.paged import PagedEngine
-from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.models import ModelSource, attach_adapter, cache_folder, fetch_model, load_model, load_tokenizer
 from tidepool.registry import ModelVersion, Registry
-from tidepool.serving.backend import Call, ContextLengthError, Frame, Message, Prompt, Started
+from tidepool.serving.backend import Call, Chat, ContextLengthError, Frame, Started
+from tidepool.serving.prompts import Prompts, tokens_named
 from tidepool.specs import EngineSpec
 from tidepool.storage import open_store, release
 
@@ -44,7 +43,7 @@ class Replica:
         cache: Path,
         context_length: int,
     ) -> None:
-        self._engine, self._tokenizer, self._base_digest = engine, tokenizer, base_digest
+        self._engine, self._prompts, self._base_digest = engine, Prompts(tokenizer), base_digest
         self._registry, self._cache = registry, cache
         self._context_length = context_length
         self._loads: dict[str, asyncio.Task[None]] = {}
@@ -53,16 +52,28 @@ class Replica:
 
     async def generate(self, call: Call) -> AsyncGenerator[Frame, None]:
         """See `Backend.generate`; raises `BaseMismatchError` also for an adapter of another base."""
-        prompt_tokens = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._tokens, call.prompt)
-        sampling = self._sampling(call, len(prompt_tokens))
+        started = await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._start, call)
+        spelled: set[int] = set()
+        if call.task == "tokenize":
+            self.check()
+            yield started
+            yield self._prompts.spell(set(started.prompt_tokens))
+            yield Output((), "", "stop")
+            return
         if call.adapter is not None:
             await self._load_adapter(call.adapter)
-        adapter = call.adapter.digest if call.adapter else None
-        request = GenerationRequest(call.request_id, prompt_tokens, sampling, adapter, call.client)
-        outputs = self._engine.submit(request)
+        outputs = self._engine.submit(self._request(call, started.prompt_tokens))
+        has_grammar = call.sampling.json_schema is not None or call.sampling.regex is not None
         try:
-            yield Started(len(prompt_tokens))
-            async for output in outputs:
+            first = [await anext(outputs)] if has_grammar else []  # it is refused, if it is, before the request counts as taken
+            yield started if call.echo else Started(started.num_prompt_tokens)
+            async for output in _chain(first, outputs):
+                if output.logprobs or output.prompt_logprobs:
+                    prompt = started.prompt_tokens if output.prompt_logprobs else ()
+                    new = tokens_named(output).union(prompt) - spelled
+                    if new:
+                        spelled |= new
+                        yield self._prompts.spell(new)
                 yield output
         finally:
             self._engine.cancel(call.request_id)
@@ -72,30 +83,27 @@ class Replica:
         if self._engine.stats().has_failed:
             raise ModelError("The engine of this replica has failed; its log says why.")
 
-    # --- Prompts -----------------------------------------------------------------------------------------------------
+    def _start(self, call: Call) -> Started:
+        tokens = self._prompts.tokens(call.prompt)
+        if call.task == "generate":
+            self._check_room(call.sampling.max_tokens, len(tokens))
+        text = call.prompt if isinstance(call.prompt, str) else self._prompts.text(tokens) if call.echo else ""
+        return Started(len(tokens), tokens, text)
 
-    def _tokens(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self._tokenizer(prompt)["input_ids"])
-        messages = [asdict(turn) for turn in prompt if isinstance(turn, Message)]
-        if not messages:
-            return tuple(token for token in prompt if isinstance(token, int))
-        if not self._tokenizer.chat_template:
-            raise RequestError("This model has no chat template, so it cannot chat: use /v1/completions.")
-        try:
-            return tuple(self._tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        except TemplateError as error:
-            raise RequestError(f"The model's chat template refuses these messages: {error}") from error
+    def _request(self, call: Call, prompt_tokens: tuple[int, ...]) -> GenerationRequest:
+        sampling = call.sampling
+        if isinstance(call.prompt, Chat) and call.prompt.tools:
+            sampling = replace(sampling, shown_token_ids=self._prompts.tool_token_ids)
+        adapter = call.adapter.digest if call.adapter else None
+        return GenerationRequest(call.request_id, prompt_tokens, sampling, adapter, call.client, call.task == "embed")
 
-    def _sampling(self, call: Call, num_prompt_tokens: int) -> SamplingParameters:
-        room = self._context_length - num_prompt_tokens
-        max_tokens = max(room, 1) if call.max_tokens is None else call.max_tokens
-        if max_tokens > room:
+    def _check_room(self, max_tokens: int | None, num_prompt_tokens: int) -> None:
+        num_wanted = 1 if max_tokens is None else max_tokens
+        if num_prompt_tokens + num_wanted > self._context_length:
             raise ContextLengthError(
-                f"The model's context is {self._context_length} tokens; the prompt has {num_prompt_tokens} and at least {max_tokens} "
+                f"The model's context is {self._context_length} tokens; the prompt has {num_prompt_tokens} and at least {num_wanted} "
                 "more are asked for. Shorten the prompt, or ask for fewer tokens."
             )
-        return SamplingParameters(max_tokens, call.temperature, call.top_p, call.seed, call.stop)
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
@@ -123,6 +131,13 @@ class Replica:
             raise ModelError(f"The adapter {version.ref} cannot be fetched: {error}") from error
         finally:
             del self._loads[version.digest]
+
+
+async def _chain(first: list[Output], rest: AsyncIterator[Output]) -> AsyncIterator[Output]:
+    for output in first:
+        yield output
+    async for output in rest:
+        yield output
 
 
 def load_replica(store_url: str, base: ModelSource, spec: EngineSpec, device: Literal["cpu", "cuda"]) -> Replica:

@@ -1,0 +1,116 @@
+"""A client's connection: its body, its answer as server-sent events, and its leaving.
+
+Invariants: work for a client that leaves, or whose time is over, is cancelled; a body is read up to a size and a time.
+"""
+
+import asyncio
+import json
+from collections.abc import Awaitable
+from contextlib import suppress
+from typing import TypeVar
+
+from fastapi import Request
+from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from tidepool.serving.api.ask import Event
+from tidepool.serving.exchange import Exchange
+from tidepool.serving.problem import Problem, Refusal, problem_of
+from tidepool.specs import GatewaySpec
+
+_LAST_EVENT_TIMEOUT_S = 1.0  # for a client that is too slow to be served, and may be too slow to be told
+
+T = TypeVar("T")
+
+
+class ClientLeftError(Exception):
+    """The client closed its connection."""
+
+
+class DeadlineError(Exception):
+    """The request took longer than it may."""
+
+
+async def read_body(request: Request, spec: GatewaySpec, deadline: float) -> bytes:
+    """Raises `Refusal` (413, 408), and `ClientLeftError` if the client leaves before its body is complete."""
+    body = bytearray()
+    try:
+        async with asyncio.timeout_at(deadline):
+            async for part in request.stream():
+                body += part
+                if len(body) > spec.max_body_bytes:
+                    raise Refusal(Problem(413, f"The body is larger than {spec.max_body_bytes} bytes.", "body_too_large"))
+    except TimeoutError:
+        raise Refusal(Problem(408, f"The body was not complete after {spec.timeout_s:g} s.", "request_timeout")) from None
+    except ClientDisconnect:
+        raise ClientLeftError from None
+    return bytes(body)
+
+
+class EventStream(Response):  # type: ignore[misc]  # starlette is skipped by mypy
+    """Server-sent events of a started exchange. Named ones carry their `type` as their name, and no `[DONE]` follows them."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, exchange: Exchange, has_named_events: bool, deadline: float) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache"})
+        del self.headers["content-length"]
+        self._exchange, self._has_named_events, self._deadline = exchange, has_named_events, deadline
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        del scope
+        try:
+            await while_connected(receive, self._send(send), self._deadline)
+        except ClientLeftError:
+            return
+        except DeadlineError:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_LAST_EVENT_TIMEOUT_S):
+                    await self._send_event(send, self._exchange.answer.failure(too_late(self._exchange.spec)))
+                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await self._exchange.close()
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        try:
+            async for event in self._exchange.events():
+                await self._send_event(send, event)
+            if not self._has_named_events:
+                await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+        except Exception as error:  # noqa: BLE001  the status is sent: the client must still learn what happened
+            await self._send_event(send, self._exchange.answer.failure(problem_of(error)))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send_event(self, send: Send, event: Event) -> None:
+        name = f"event: {event['type']}\n" if self._has_named_events else ""
+        text = f"{name}data: {json.dumps(event, ensure_ascii=False)}\n\n"
+        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+
+def too_late(spec: GatewaySpec) -> Problem:
+    message = f"The answer was not complete after {spec.timeout_s:g} s, which is the most here: ask for fewer tokens."
+    return Problem(504, message, "timeout")
+
+
+async def while_connected(receive: Receive, work: Awaitable[T], deadline: float) -> T:
+    """Do the work, unless the client leaves first or the loop's time comes to `deadline`: then it is cancelled, and
+    `ClientLeftError` or `DeadlineError` raised.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        left_s = max(0.0, deadline - asyncio.get_running_loop().time())
+        await asyncio.wait({task, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientLeftError if gone.done() else DeadlineError
+        return task.result()
+    finally:
+        task.cancel()
+        gone.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,76 @@
+"""Whatever the OpenAPI document lets people send, and what it does not: no answer is a 5xx, and each is as the document says.
+
+Schemathesis makes the requests. Two things are done to them so that more of them reach the engine: most name a model that is there, and
+most leave out all but a few of the fields that nobody has to give, since random fields in each other's company are mostly refused.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis.checks import content_type_conformance, not_a_server_error, response_schema_conformance, status_code_conformance
+
+from tests.serving.local import LocalModel, gateway_of
+from tidepool.specs import GatewaySpec
+
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+POSTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/tokenize")
+REQUIRED = ("model", "prompt", "messages", "input")
+SLOW = ("response_format", "structured_outputs", "text")  # each schema is compiled in a process of its own first
+
+
+@pytest.fixture(scope="module")
+def app() -> FastAPI:
+    return gateway_of(LocalModel(max_batch_size=8), GatewaySpec(max_new_tokens=16))
+
+
+def fuzz(app: FastAPI, method: str, path: str, num_cases: int, leave_out: tuple[str, ...] = ()) -> Counter[int]:
+    """Send cases to one endpoint, a third of them against its schema; returns how many had each status."""
+    schema = schemathesis.openapi.from_asgi("/openapi.json", app)
+    operation = schema[path][method]
+    statuses: Counter[int] = Counter()
+    against = [operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)] if path in POSTS else []
+    cases = st.one_of([operation.as_strategy(), operation.as_strategy(), *against])
+
+    @settings(max_examples=num_cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=cases, is_known=st.integers(0, 9).map(bool), kept=st.sets(st.integers(0, 40), max_size=4), is_whole=st.integers(0, 9))
+    def send(case: Any, is_known: bool, kept: set[int], is_whole: int) -> None:
+        if isinstance(case.body, dict):
+            fields = [name for name in case.body if name in REQUIRED or name not in leave_out]
+            if is_whole:
+                fields = [name for index, name in enumerate(fields) if name in REQUIRED or index in kept]
+            case.body = {name: case.body[name] for name in fields}
+            if is_known and isinstance(case.body.get("model"), str):
+                case.body["model"] = "tides"
+        statuses[case.call_and_validate(checks=CHECKS).status_code] += 1
+
+    send()
+    return statuses
+
+
+@pytest.mark.parametrize("path", POSTS)
+def test_no_request_makes_the_server_fail(app: FastAPI, path: str) -> None:
+    statuses = fuzz(app, "POST", path, 40, leave_out=SLOW)
+    assert statuses[200] > 0, "some of them have to be served"
+    assert statuses[400] > 0, "some of them have to be refused"
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/models/{name}", "/admin/keys", "/health", "/ready", "/openapi.json"])
+def test_nor_does_one_that_only_reads(app: FastAPI, path: str) -> None:
+    fuzz(app, "GET", path, 20)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("path", POSTS)
+def test_ten_thousand_cases(app: FastAPI, path: str, record_property: Callable[[str, object], None]) -> None:
+    statuses = fuzz(app, "POST", path, 2000)
+    record_property("statuses", dict(statuses))
+    print(path, dict(statuses))
+    assert statuses.total() >= 2000
+    assert statuses[200] > 100
