@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.inference.conftest import BASE, NAMES, answer, attach, collect, endless, request, run, tokens_of
+from tests.inference.conftest import BASE, NAMES, answer, collect, endless, read, request, run, tokens_of
 from tidepool.errors import BaseMismatchError, EngineBusyError, ModelError, RequestError
 from tidepool.inference.paged import PagedEngine
 from tidepool.models import attach_adapter
