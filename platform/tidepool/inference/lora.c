@@ -2,8 +2,8 @@
 
    A group is up to four rows of one adapter, computed by one thread, so that its matrices are read once for all of them. A row's
    additions stand in one order whatever is in its group, beside it, or in other threads: its bits do not depend on its company.
-   That is why this file is compiled without leave to reorder additions. Numbers are float32 between input and output. Layouts are
-   those of lora.py: A (rank x input size), the transpose of B (rank x output size), filled up with zeros to whole vectors. */
+   That is why this file is compiled without leave to reorder additions. Numbers are float32 between input and output. Matrices lie as
+   lora.py says, in the order in which they are read here. */
 
 #include <stdint.h>
 #include <stdlib.h>
@@ -50,21 +50,20 @@ static inline int64_t up_to(int64_t size, int64_t step) { return (size + step - 
             vector sums[RANKS][ROWS] = {0};                                                                                 \
             for (int64_t i = 0; i < width; i += LANES)                                                                      \
                 for (int rank = 0; rank < RANKS; rank++) {                                                                  \
-                    vector weight = load_vector_##SUFFIX(a + (first + rank) * width + i);                                   \
-                    for (int row = 0; row < rows; row++) sums[rank][row] += weight * *(const vector *)(x + row * width + i); \
+                    vector weight = load_vector_##SUFFIX(a + first * width + i * RANKS + rank * LANES);                     \
+                    for (int row = 0; row < rows; row++) sums[rank][row] += weight * *(const vector *)(x + row * width + i);\
                 }                                                                                                           \
             for (int rank = 0; rank < RANKS; rank++)                                                                        \
                 for (int row = 0; row < rows; row++) y[row * num_ranks + first + rank] = scale * sum_of(sums[rank][row]);   \
         }                                                                                                                   \
     }                                                                                                                       \
     static inline __attribute__((always_inline)) void expand_##SUFFIX(const float *y, int num_ranks, const T *b,            \
-                                                                      int64_t size, T *output, int64_t output_row, int rows) { \
-        int64_t width = up_to(size, TILE * LANES);                                                                          \
+                                                                      int64_t size, T *output, int64_t output_row, int rows) {\
         for (int64_t first = 0; first < size; first += TILE * LANES) {                                                      \
             vector sums[ROWS][TILE] = {0};                                                                                  \
             for (int rank = 0; rank < num_ranks; rank++)                                                                    \
                 for (int part = 0; part < TILE; part++) {                                                                   \
-                    vector weight = load_vector_##SUFFIX(b + rank * width + first + part * LANES);                          \
+                    vector weight = load_vector_##SUFFIX(b + first * num_ranks + (rank * TILE + part) * LANES);             \
                     for (int row = 0; row < rows; row++) sums[row][part] += y[row * num_ranks + rank] * weight;             \
                 }                                                                                                           \
             int64_t count = size - first < TILE * LANES ? size - first : TILE * LANES;                                      \
@@ -78,7 +77,7 @@ static inline int64_t up_to(int64_t size, int64_t step) { return (size + step - 
     /* groups: (first row, number of rows, slot). Of each slot and part of the layer: the addresses of A and B, the rank    \
        (0: it does not change this part) and the scale. columns: the first column and the number of columns of each part.   \
        Returns 0, or 1 if there is no memory. */                                                                            \
-    int lora_##SUFFIX(const T *input, int64_t input_row, int64_t input_size, T *output, int64_t output_row,             \
+    int lora_##SUFFIX(const T *input, int64_t input_row, int64_t input_size, T *output, int64_t output_row,                 \
                           const int32_t *groups, int num_groups, const int64_t *addresses, const int32_t *ranks,            \
                           const float *scales, const int64_t *columns, int num_parts, int stride, int most_ranks,           \
                           int num_threads) {                                                                                \

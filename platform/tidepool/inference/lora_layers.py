@@ -188,7 +188,7 @@ class LoraLayers:
         entries = [(*self._layer_of[name], name, place) for name, place in (held.places if held else {}).items()]
         where = torch.tensor([layer.number for layer, *_ in entries]).long(), torch.tensor([index for _, index, *_ in entries]).long()
         for table_LSP, of_entry in (
-            (self._tables.addresses_LSP2, [[one.data_ptr() for one in held.matrices(name)] for _, _, name, _ in entries] if held else []),
+            (self._tables.addresses_LSP2, [held.addresses(name) for _, _, name, _ in entries] if held else []),
             (self._tables.ranks_LSP, [place.rank for *_, place in entries]),
             (self._tables.scales_LSP, [place.scale for *_, place in entries]),
         ):
@@ -215,8 +215,8 @@ class LoraLayers:
                 held, own = self._held[slot], slice(first, first + num_rows)
                 for part in layer.parts:
                     if (place := held.places.get(part.name)) is not None:
-                        a_RK, b_RN = (matrix.float() for matrix in held.matrices(part.name))
-                        found = linear(input_TK[own].float(), a_RK[:, : input_TK.shape[1]]) @ b_RN[:, : part.size] * place.scale
+                        a_RK, b_NR = (matrix.float() for matrix in held.plain(part.name))
+                        shrunk = linear(input_TK[own].float(), a_RK[:, : input_TK.shape[1]]) * place.scale
                         columns = output_TN[own, part.first : part.first + part.size]
-                        columns.copy_(columns + found)
+                        columns.copy_(columns + linear(shrunk, b_NR[: part.size]))
             first += num_rows
