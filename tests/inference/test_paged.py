@@ -256,7 +256,9 @@ def test_a_failure_ends_what_was_computed_with_it_and_nothing_else(
         again = [*PROMPTS[0], *range(20, 56)]
         reference.check(again, 12, await answer(engine, request(again)))
 
-    run(llama, tokenizer, scene, max_batch_size=8, max_step_tokens=41)  # a token of the first, the other's prompt, the start of the second's
+    run(
+        llama, tokenizer, scene, max_batch_size=8, max_step_tokens=41
+    )  # a token of the first, the other's prompt, the start of the second's
 
 
 def test_a_fault_of_the_engine_leaves_nobody_waiting(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

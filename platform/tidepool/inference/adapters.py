@@ -109,8 +109,8 @@ class Adapters:
                 free_bytes += packed.size_bytes
         if free_bytes < size_bytes:
             raise EngineBusyError(
-                f"The {len(self._packed)} adapters of this engine are in use and fill {self._limit_bytes / 1e9:.3g} GB. Try again later, or "
-                "raise engine.adapters_gb."
+                f"The {len(self._packed)} adapters of this engine are in use and fill {self._limit_bytes / 1e9:.3g} GB. Try again later, "
+                "or raise engine.adapters_gb."
             )
         for digest in going:
             self.forget(digest)

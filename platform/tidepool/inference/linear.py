@@ -5,7 +5,8 @@
 - `int8` on a CPU: weights with one scale for each output, inputs with one for each token, multiplied and summed exactly in integers:
   a token's result does not depend on the tokens beside it. All else is bfloat16 then.
 
-All of them are `nn.Linear` for whoever looks, under the names that adapters were trained with; packed ones keep no readable weight. GPT-2's `Conv1D` is one product already and stays as it is, but for int8.
+All of them are `nn.Linear` for whoever looks, under the names that adapters were trained with; packed ones keep no readable weight.
+GPT-2's `Conv1D` is one product already and stays as it is, but for int8.
 """
 
 from collections.abc import Iterable, Iterator

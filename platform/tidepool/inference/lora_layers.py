@@ -58,7 +58,9 @@ class Rows:
             if slot != NO_SLOT:
                 groups += [(row, min(_ROWS, first + num_rows - row), slot) for row in range(first, first + num_rows, _ROWS)]
             first += num_rows
-        slots_T = torch.tensor([slot for slot, num_rows in runs for _ in range(num_rows)] if device.type != "cpu" else [], dtype=torch.int32)
+        slots_T = torch.tensor(
+            [slot for slot, num_rows in runs for _ in range(num_rows)] if device.type != "cpu" else [], dtype=torch.int32
+        )
         return Rows(runs, slots, torch.tensor(groups, dtype=torch.int32), slots_T.to(device))
 
 
@@ -108,6 +110,11 @@ class Tables:
             columns_LP2.to(device),
         )
 
+    def of(self, layer: AdaptedLayer) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """A layer's own: addresses, ranks, scales, columns."""
+        number = layer.number
+        return self.addresses_LSP2[number], self.ranks_LSP[number], self.scales_LSP[number], self.columns_LP2[number]
+
 
 class LoraLayers:
     """The layers of a model whose linear layers have been swapped, and what each of `num_slots` slots adds to them."""
@@ -156,8 +163,8 @@ class LoraLayers:
         layers: dict[nn.Module, AdaptedLayer] = {}
         output = model.get_output_embeddings()
         for name, module in named_linear_layers(model):
-            is_conv = isinstance(module, Conv1D)
-            self.sizes[name] = (module.nx, module.nf) if is_conv else (module.in_features, module.out_features)
+            sizes = (module.nx, module.nf) if isinstance(module, Conv1D) else (module.in_features, module.out_features)
+            self.sizes[name] = int(sizes[0]), int(sizes[1])
             if module is output:
                 self.output_layer = name
             computed, first = (module.product.layer, module.first_column) if isinstance(module, Part) else (module, 0)
@@ -198,12 +205,16 @@ class LoraLayers:
             table_LSP[:, slot] = of_slot_LP.to(self._device)
 
     def _add(self, layer: AdaptedLayer, rows: Rows, input: Tensor, output: Tensor) -> None:
-        input_TK, output_TN = input.reshape(-1, input.shape[-1]), output.view(-1, output.shape[-1])
+        input_TK, output_TN = input.contiguous().view(-1, input.shape[-1]), output.view(-1, output.shape[-1])
         if len(input_TK) != sum(num_rows for _, num_rows in rows.runs):
             name = layer.parts[0].name
             raise ModelError(f"An adapter changes {name}, which the model does not compute for each token once: train it on other layers.")
-        if self._device.type == "cpu" and native.lora_library() is not None and input.dtype in native.DTYPES:
-            tables = (one[layer.number] for one in vars(self._tables).values())
+        tables = self._tables.of(layer)
+        if self._device.type == "cuda":
+            from tidepool.inference.lora_triton import add  # which comes with torch for CUDA alone
+
+            add(input_TK, output_TN, rows.slots_T, *tables, self._most_ranks)
+        elif native.lora_library() is not None and input.dtype in native.DTYPES:
             native.lora(input_TK, output_TN, rows.groups_G3, *tables, len(layer.parts), self._most_ranks)
         else:
             self._add_by_torch(layer, rows, input_TK, output_TN)

@@ -61,7 +61,9 @@ def _shrink(
     sums = tl.zeros((ROWS, RANKS), tl.float32)
     for start in range(0, input_size, INPUTS):
         k = start + tl.arange(0, INPUTS)
-        x = tl.load(inputs + rows[:, None].to(tl.int64) * input_stride + k[None, :], mask=is_own[:, None] & (k < input_size)[None, :], other=0.0)
+        x = tl.load(
+            inputs + rows[:, None].to(tl.int64) * input_stride + k[None, :], mask=is_own[:, None] & (k < input_size)[None, :], other=0.0
+        )
         of_input = k // INPUT_STEP * (RANK_STEP * INPUT_STEP) + k % INPUT_STEP
         weights = tl.load(a + of_input[:, None] + of_rank[None, :], mask=(k < width)[:, None] & (r < rank)[None, :], other=0.0)
         sums = tl.dot(x, weights, sums, input_precision="ieee")

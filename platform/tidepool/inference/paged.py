@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -162,8 +163,7 @@ class PagedEngine:
     async def _drive(self) -> None:
         accepted: list[_Accepted] = []
         while chunks := self._next_step():
-            placements = self._placements()
-            step = self._compute(lambda: self._runner.run(chunks, placements))
+            step = self._compute(partial(self._runner.run, chunks, self._placements()))
             self._tell_all(accepted)
             results = await step
             self._scheduler.fail([result.chunk for result in results if result.error])
@@ -316,7 +316,7 @@ class PagedEngine:
         """The adapter's memory is free when the compute thread has heard of it."""
         self._scheduler.slots.drop(digest)
         if placements := self._placements():
-            self._compute(lambda: self._runner.place(placements))
+            self._compute(partial(self._runner.place, placements))
 
     def _placements(self) -> list[Placement]:
         """What slots are to hold from the next work of the compute thread on, for which this is asked."""

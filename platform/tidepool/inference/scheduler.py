@@ -47,8 +47,8 @@ class Chunk:
 
 @dataclass
 class Counters:
-    """What has happened since the start. `num_chunks` counts the chunks that were not the last of their prompt, `num_placements` adapters that
-    were given a slot."""
+    """What has happened since the start. `num_chunks` counts the chunks that were not the last of their prompt, `num_placements`
+    adapters that were given a slot."""
 
     num_steps: int = 0
     num_chunks: int = 0
