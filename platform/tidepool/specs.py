@@ -309,10 +309,10 @@ class EngineSpec(Spec):
     """Limits of one engine replica.
 
     `max_batch_size` answers run at once; a step computes up to `max_step_tokens` tokens of prompts and answers together (never fewer
-    than `max_batch_size`), with up to `max_adapters` adapters; more than these may lie in memory (`adapters_gb`; default: a tenth of what is
-    free). `cache_gb`: memory for keys and values (10^9 bytes; default: what that many answers can use, and a share
-    of what is free at most). `weights`: `auto` is fp32 on a CPU and bf16 on a GPU; `int8` rounds the weights, on CPUs. `batch_invariant`: a
-    request gets the same bits in any company, more slowly; on CPUs.
+    than `max_batch_size`), with up to `max_adapters` adapters. `adapters_gb`: memory for all that are loaded (default: a tenth of what is
+    free). `cache_gb`: memory for keys and values (10^9 bytes; default: what that many answers can use, and a share of what is free at
+    most). `weights`: `auto` is fp32 on a CPU and bf16 on a GPU; `int8` rounds the weights, on CPUs. `batch_invariant`: a request gets the
+    same bits in any company, more slowly; on CPUs.
     """
 
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
