@@ -2,7 +2,7 @@
 
 Invariants:
 - The base model computes as if no adapter had ever been loaded; an adapter as if it were the only one.
-- The tokens of a step are computed in one forward pass, whatever adapters are in it. A failure ends the sequences of its step, and no others.
+- A step is one forward pass, whatever adapters are in it (and one for embeddings). A failure ends the sequences of its step, and no others.
 """
 
 import inspect
