@@ -55,9 +55,9 @@ class Side:
 
     def __init__(self, name: str, folder: Path, weights: str, adapters: list[Path], python: str) -> None:
         self.name = name
-        environment = dict(os.environ)
-        if name == "vllm":
-            environment.pop("PYTHONPATH", None)
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        if name != "vllm":
+            environment["PYTHONPATH"] = str(ROOT / "platform")
         command = [python, str(ROOT / "benchmarks" / "adapters_sides.py")]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
         self.ask({"side": name, "folder": str(folder), "weights": weights, "adapters": [str(one) for one in adapters]})

@@ -25,6 +25,7 @@ from tidepool.models import build_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft asks transformers by an old name
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
 ]
 
@@ -35,11 +36,11 @@ def configs(family: str) -> dict[str, dict[str, Any]]:
     """Adapters that differ in rank, scale and layers, by digest."""
     first, last = (["c_attn"], ["c_proj"]) if family == "gpt2" else (["q_proj", "v_proj"], ["o_proj", "down_proj"])
     return {
-        "08" * 32: {"r": 8, "target_modules": first},
+        "08" * 32: {"r": 8, "target_modules": first, "layers_to_transform": [1]},
         "16" * 32: {"r": 16, "lora_alpha": 24, "target_modules": "all-linear"},
         "64" * 32: {"r": 64, "lora_alpha": 16, "target_modules": "all-linear", "use_rslora": True},
         "05" * 32: {"r": 5, "target_modules": [*first, *last], "rank_pattern": {last[0]: 3}, "alpha_pattern": {first[0]: 40}},
-        "01" * 32: {"r": 1, "target_modules": [*last, "lm_head"], "layers_to_transform": [1]} if family != "gpt2" else {"r": 1},
+        "01" * 32: {"r": 1, "target_modules": [*last, "lm_head"]},
     }
 
 
