@@ -309,9 +309,10 @@ class EngineSpec(Spec):
     """Limits of one engine replica.
 
     `max_batch_size` answers run at once; a step computes up to `max_step_tokens` tokens of prompts and answers together (never fewer
-    than `max_batch_size`). `cache_gb`: memory for keys and values (10^9 bytes; default: what that many answers can use, and a share
-    of what is free at most). `weights`: `auto` is fp32 on a CPU and bf16 on a GPU; `int8` rounds the weights, on CPUs. `batch_invariant`: a
-    request gets the same bits in any company, more slowly; on CPUs, without adapters.
+    than `max_batch_size`), with up to `max_adapters` adapters. `adapters_gb`: memory for all that are loaded (default: a tenth of what is
+    free). `cache_gb`: memory for keys and values (10^9 bytes; default: what that many answers can use, and a share of what is free at
+    most). `weights`: `auto` is fp32 on a CPU and bf16 on a GPU; `int8` rounds the weights, on CPUs. `batch_invariant`: a request gets the
+    same bits in any company, more slowly; on CPUs.
     """
 
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
@@ -319,6 +320,7 @@ class EngineSpec(Spec):
     max_sequence_length: Count | None = None
     max_queued_requests: Count = 256
     max_adapters: Count = 32
+    adapters_gb: Annotated[float, Field(gt=0)] | None = None
     cache_gb: Annotated[float, Field(gt=0)] | None = None
     weights: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     batch_invariant: bool = False

@@ -4,6 +4,7 @@ import asyncio
 import copy
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from tests.models.conftest import CONFIGS, TEXT
 from tidepool.inference import GenerationRequest, Output, SamplingParameters
 from tidepool.inference.paged import PagedEngine
-from tidepool.models import ModelSource, add_lora, attach_adapter, build_model, export_adapter, train_tokenizer
+from tidepool.models import ModelSource, add_lora, build_model, export_adapter, read_lora, train_tokenizer
 from tidepool.specs import EngineSpec, LoraSpec
 
 BASE = ModelSource("tides@3", "ab" * 32)
@@ -61,14 +62,13 @@ def adapters(_models: dict[str, Any], tokenizer: Any, tmp_path_factory: pytest.T
     return folders
 
 
-def attach(present: Any, folder: Path, name: str) -> Any:
-    return attach_adapter(present, folder, name, BASE.digest)
+read = partial(read_lora, base_digest=BASE.digest)
 
 
 @asynccontextmanager
-async def engine_of(model: Any, tokenizer: Any, attach: Any = attach, **limits: Any) -> AsyncIterator[PagedEngine]:
+async def engine_of(model: Any, tokenizer: Any, read: Any = read, **limits: Any) -> AsyncIterator[PagedEngine]:
     """An engine, which at the end must have forgotten all of its requests."""
-    engine = PagedEngine(model, tokenizer, EngineSpec(**limits), attach)
+    engine = PagedEngine(model, tokenizer, EngineSpec(**limits), read)
     try:
         yield engine
         stats = engine.stats()

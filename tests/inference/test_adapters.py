@@ -10,8 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.inference.conftest import BASE, NAMES, answer, attach, collect, endless, request, run, tokens_of
+from tests.inference.conftest import BASE, NAMES, answer, collect, endless, read, request, run, tokens_of
 from tidepool.errors import BaseMismatchError, EngineBusyError, ModelError, RequestError
+from tidepool.inference.lora import pack
+from tidepool.inference.lora_layers import LoraLayers
 from tidepool.inference.paged import PagedEngine
 from tidepool.models import attach_adapter
 
@@ -34,6 +36,12 @@ def expected(llama: Any, adapters: dict[str, Path]) -> dict[str | None, tuple[in
         found[digest] = generate(attach_adapter(copy.deepcopy(llama), folder, "default", BASE.digest))
     assert len(set(found.values())) == 4
     return found
+
+
+def layers_of(model: Any) -> tuple[dict[str, tuple[int, int]], str | None]:
+    """What an engine tells whoever reads an adapter."""
+    layers = LoraLayers(model, 1)
+    return layers.sizes, layers.output_layer
 
 
 def greedy(name: str, adapter: str | None, max_tokens: int = 12) -> Any:
@@ -79,7 +87,6 @@ def test_the_base_computes_the_same_bits_whatever_was_loaded(llama: Any, tokeniz
         assert (await base_logits(engine)).equal(before)
 
     run(llama, tokenizer, scene)
-    assert not any("lora" in name for name, _ in llama.named_parameters())
 
 
 def test_adapters_come_and_go_while_requests_go_on(
@@ -122,7 +129,7 @@ def test_dropping_waits_for_requests_in_flight_and_takes_no_new_ones(llama: Any,
         assert not drop.done()
         assert len(await collect(stream)) == 9
         await drop
-        assert not any("lora" in name for name, _ in llama.named_parameters())
+        assert engine._scheduler.slots.adapters == ()
 
     run(llama, tokenizer, scene)
 
@@ -159,31 +166,80 @@ def test_an_adapter_dropped_loaded_and_dropped_again_outlives_its_last_request(
         drops.append(asyncio.create_task(engine.drop_adapter(ONE)))
         assert [len(await collect(stream)) for stream in (first, second)] == [5, 30]
         await asyncio.gather(*drops)
-        assert not any("lora" in name for name, _ in llama.named_parameters())
+        assert engine._scheduler.slots.adapters == ()
 
     run(llama, tokenizer, scene)
 
 
-def test_the_least_recently_used_idle_adapter_makes_room(llama: Any, tokenizer: Any, adapters: dict[str, Path]) -> None:
+def test_more_adapters_than_slots_take_turns_and_nobody_else_waits_for_them(
+    llama: Any, tokenizer: Any, adapters: dict[str, Path], expected: dict[str | None, tuple[int, ...]]
+) -> None:
+    async def scene(engine: PagedEngine) -> None:
+        for digest, folder in adapters.items():
+            await engine.load_adapter(digest, folder)
+        assert engine.stats().adapters == (ONE, TWO, THREE)
+        names = [None, ONE, TWO, THREE] * 3
+        found = await asyncio.gather(*(answer(engine, greedy(f"r{index}", name)) for index, name in enumerate(names)))
+        assert dict(zip(names, found, strict=True)) == expected
+        assert found == found[:4] * 3
+        assert engine.stats().num_placements >= 3
+
+    run(llama, tokenizer, scene, max_adapters=1)
+
+
+def test_a_folder_that_is_slow_to_read_holds_up_no_other_adapter_and_no_request(
+    llama: Any, tokenizer: Any, adapters: dict[str, Path], expected: dict[str | None, tuple[int, ...]]
+) -> None:
+    started, go_on = threading.Event(), threading.Event()
+
+    def slow_read(folder: Path, *rest: Any) -> Any:
+        if folder == adapters[ONE]:
+            started.set()
+            go_on.wait()
+        return read(folder, *rest)
+
+    async def scene(engine: PagedEngine) -> None:
+        load = asyncio.create_task(engine.load_adapter(ONE, adapters[ONE]))
+        await asyncio.to_thread(started.wait)
+        await engine.load_adapter(TWO, adapters[TWO])
+        assert await answer(engine, greedy("base", None)) == expected[None]
+        assert await answer(engine, greedy("two", TWO)) == expected[TWO]
+        assert engine.stats().adapters == (TWO,)
+        go_on.set()
+        await load
+        assert await answer(engine, greedy("one", ONE)) == expected[ONE]
+
+    run(llama, tokenizer, scene, read=slow_read)
+
+
+def test_the_least_recently_used_idle_adapter_makes_room_in_memory(llama: Any, tokenizer: Any, adapters: dict[str, Path]) -> None:
     endless(llama, tokenizer)
 
     async def scene(engine: PagedEngine) -> None:
         await engine.load_adapter(ONE, adapters[ONE])
-        await engine.load_adapter(TWO, adapters[TWO])
-        await answer(engine, greedy("one", ONE))
         await engine.load_adapter(THREE, adapters[THREE])
-        assert engine.stats().adapters == (ONE, THREE)
-        busy = engine.submit(greedy("one", ONE, 30))
-        await answer(engine, greedy("three", THREE))
+        await answer(engine, greedy("one", ONE))
         await engine.load_adapter(TWO, adapters[TWO])
         assert engine.stats().adapters == (ONE, TWO)
-        also_busy = engine.submit(greedy("two", TWO, 30))
-        with pytest.raises(EngineBusyError, match="All 2 adapters of this engine are in use"):
+        assert THREE not in engine._scheduler.slots.adapters
+        busy, also_busy = engine.submit(greedy("one", ONE, 30)), engine.submit(greedy("two", TWO, 30))
+        with pytest.raises(EngineBusyError, match=r"The 2 adapters of this engine are in use and fill .*engine\.adapters_gb"):
             await engine.load_adapter(THREE, adapters[THREE])
-        await engine.load_adapter(ONE, adapters[ONE])
         assert len(await collect(busy)) == len(await collect(also_busy)) == 30
+        await engine.load_adapter(THREE, adapters[THREE])
+        assert engine.stats().adapters == (TWO, THREE)
 
-    run(llama, tokenizer, scene, max_adapters=2)
+    sizes = {digest: pack(read(folder, *layers_of(llama)), torch.float32).size_bytes for digest, folder in adapters.items()}
+    assert sizes[TWO] > sizes[THREE] > sizes[ONE]
+    run(llama, tokenizer, scene, adapters_gb=(sizes[TWO] + sizes[THREE]) / 1e9)
+
+
+def test_an_adapter_larger_than_all_the_memory_for_adapters_is_refused(llama: Any, tokenizer: Any, adapters: dict[str, Path]) -> None:
+    async def scene(engine: PagedEngine) -> None:
+        with pytest.raises(ModelError, match=r"raise engine\.adapters_gb"):
+            await engine.load_adapter(ONE, adapters[ONE])
+
+    run(llama, tokenizer, scene, adapters_gb=1e-6)
 
 
 def test_an_adapter_that_cannot_be_loaded_changes_nothing(
@@ -213,13 +269,13 @@ def test_an_adapter_that_cannot_be_loaded_changes_nothing(
 def test_an_adapter_that_reads_the_weights_of_its_base_is_refused(
     llama: Any, tokenizer: Any, adapters: dict[str, Path], tmp_path: Path, expected: dict[str | None, tuple[int, ...]]
 ) -> None:
-    """DoRA's norms would be taken of layers that keep no readable weight."""
+    """As it is at import. DoRA's norms are those of the base's weights and the adapter's together."""
     dora = get_peft_model(copy.deepcopy(llama), LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], use_dora=True))
     dora.save_pretrained(tmp_path)
     (tmp_path / "tidepool.json").write_bytes((adapters[ONE] / "tidepool.json").read_bytes())
 
     async def scene(engine: PagedEngine) -> None:
-        with pytest.raises(ModelError, match="cannot run a DoRA adapter"):
+        with pytest.raises(ModelError, match=r"does more than LoRA \(use_dora: True\).*merge it where it was trained"):
             await engine.load_adapter(TWO, tmp_path)
         assert engine.stats().adapters == ()
         assert await answer(engine, greedy("base", None)) == expected[None]
@@ -235,16 +291,16 @@ def test_a_load_that_fails_pushes_no_other_adapter_out(llama: Any, tokenizer: An
         assert engine.stats().adapters == (ONE,)
         assert await answer(engine, greedy("one", ONE))
 
-    run(llama, tokenizer, scene, max_adapters=1)
+    run(llama, tokenizer, scene, adapters_gb=1e-4)
 
 
 def test_a_load_whose_caller_leaves_is_finished(llama: Any, tokenizer: Any, adapters: dict[str, Path]) -> None:
     started, go_on = threading.Event(), threading.Event()
 
-    def slow_attach(present: Any, folder: Path, name: str) -> Any:
+    def slow_read(*given: Any) -> Any:
         started.set()
         go_on.wait()
-        return attach(present, folder, name)
+        return read(*given)
 
     async def scene(engine: PagedEngine) -> None:
         load = asyncio.create_task(engine.load_adapter(ONE, adapters[ONE]))
@@ -257,4 +313,4 @@ def test_a_load_whose_caller_leaves_is_finished(llama: Any, tokenizer: Any, adap
         assert engine.stats().adapters == (ONE,)
         assert await answer(engine, greedy("one", ONE))
 
-    run(llama, tokenizer, scene, attach=slow_attach)
+    run(llama, tokenizer, scene, read=slow_read)

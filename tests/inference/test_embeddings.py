@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from tests.inference.conftest import NAMES, answer, attach, collect, request, run
+from tests.inference.conftest import BASE, NAMES, answer, collect, request, run
 from tests.inference.families import FAMILIES
 from tidepool.errors import RequestError
 from tidepool.inference import GenerationRequest, SamplingParameters
 from tidepool.inference.limits import BLOCK_SIZE
 from tidepool.inference.paged import PagedEngine
-from tidepool.models import build_model
+from tidepool.models import attach_adapter, build_model
 
 PROMPT = tuple(range(60, 60 + 2 * BLOCK_SIZE + 4))
 
@@ -54,7 +54,7 @@ def test_an_embedding_is_the_mean_of_the_last_hidden_states(tokenizer: Any, fami
 
 def test_an_adapters_embedding_is_its_own_and_a_prompt_may_fill_the_context(llama: Any, tokenizer: Any, adapters: dict[str, Path]) -> None:
     digest, folder = NAMES["two"], adapters[NAMES["two"]]
-    adapted = attach(copy.deepcopy(llama), folder, "x").merge_and_unload()
+    adapted = attach_adapter(copy.deepcopy(llama), folder, "x", BASE.digest).merge_and_unload()
     expected = expected_of(adapted, PROMPT)
 
     async def play(engine: PagedEngine) -> None:

@@ -229,14 +229,14 @@ def test_a_failure_ends_what_was_computed_with_it_and_nothing_else(
         original = llama.model.layers[1].forward
 
         def forward(hidden: torch.Tensor, *rest: Any, **named: Any) -> Any:
-            if hidden.shape[:2] == (1, 40) and not calls:
+            if hidden.shape[:2] == (1, 41) and not calls:
                 calls.append(True)
                 raise RuntimeError("the device is on fire")
             return original(hidden, *rest, **named)
 
         llama.model.layers[1].forward = forward
     else:
-        fail_once(llama, lambda ids: ids.shape == (1, 40))
+        fail_once(llama, lambda ids: ids.shape == (1, 41))
 
     async def scene(engine: PagedEngine) -> None:
         await engine.load_adapter(one, adapters[one])
@@ -246,10 +246,10 @@ def test_a_failure_ends_what_was_computed_with_it_and_nothing_else(
         other = engine.submit(request(PROMPTS[3], 12, "o", one))
         second = engine.submit(request([*PROMPTS[0], *range(20, 56)], 12, "b"))
         late = engine.submit(request(PROMPTS[3], 12, "c"))
-        for stream in (second, first):
+        for stream in (second, first, other):
             with pytest.raises(RuntimeError, match="on fire"):
                 await collect(stream)
-        assert tokens_of(await collect(other)) == expected_of_one
+        assert await answer(engine, request(PROMPTS[3], 12, "o", one)) == expected_of_one
         assert tokens_of([begun]) == expected[0][:1]
         assert tokens_of(await collect(late)) == expected[1]
         # Nothing of what failed is found again.
@@ -258,7 +258,7 @@ def test_a_failure_ends_what_was_computed_with_it_and_nothing_else(
 
     run(
         llama, tokenizer, scene, max_batch_size=8, max_step_tokens=41
-    )  # the prompt that fails, a token of the first, and the end of the other's
+    )  # a token of the first, the other's prompt, the start of the second's
 
 
 def test_a_fault_of_the_engine_leaves_nobody_waiting(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,12 @@ Content = tuple[str | None, tuple[int, ...]]
 class Play:
     """A scheduler whose steps are computed by writing down, at each place of each block, what the model would have put there."""
 
-    def __init__(self, num_blocks: int = 12, block_size: int = 2, max_running: int = 4, max_step_tokens: int = 6) -> None:
+    def __init__(
+        self, num_blocks: int = 12, block_size: int = 2, max_running: int = 4, max_step_tokens: int = 6, num_slots: int | None = None
+    ) -> None:
         self.blocks = Blocks(num_blocks, block_size)
-        self.scheduler = Scheduler(self.blocks, max_running, max_step_tokens)
+        self.scheduler = Scheduler(self.blocks, max_running, max_step_tokens, num_slots)
+        self.in_slot: dict[int, str | None] = {}
         self.cache: dict[tuple[int, int], Content] = {}
         self.left: dict[Sequence, int] = {}  # tokens that each sequence will yet answer
         self.num_answers = 0
@@ -33,6 +36,8 @@ class Play:
     def step(self, cancel: Sequence | None = None, failing: str | None = "") -> list[Chunk]:
         """Schedule and compute; `cancel` ends while the step goes on, and the chunks with the adapter `failing` fail."""
         chunks = self.scheduler.schedule()
+        self.in_slot |= {move.slot: move.adapter for move in self.scheduler.slots.take_moves()}
+        assert {None, *self.in_slot.values()} >= {chunk.sequence.adapter for chunk in chunks}
         assert sum(chunk.end - chunk.start for chunk in chunks) <= self.scheduler._max_step_tokens
         assert len({chunk.sequence for chunk in chunks}) == len(chunks)
         failed = [chunk for chunk in chunks if chunk.sequence.adapter == failing]
@@ -84,14 +89,14 @@ class Traffic(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.play = Play()
+        self.play = Play(num_slots=2)
 
     @rule(
         length=st.integers(1, 8),
         ending=st.integers(0, 2),
         num_answers=st.integers(1, 4),
         client=st.sampled_from("ab"),
-        adapter=st.sampled_from([None, "x"]),
+        adapter=st.sampled_from([None, *"xyz"]),
         share=st.booleans(),
     )
     def add(self, length: int, ending: int, num_answers: int, client: str, adapter: str | None, share: bool) -> None:
@@ -233,3 +238,38 @@ def test_a_scarce_cache_makes_steps_not_tokens(num_blocks: int) -> None:
     play.drain(120)
     assert play.scheduler.counters.num_preemptions > 0
     assert play.num_answers == 45
+
+
+# --- Slots of adapters -----------------------------------------------------------------------------------------------
+
+
+def test_who_waits_for_a_slot_holds_up_nobody_and_gets_one_from_those_who_would_never_leave_it() -> None:
+    play = Play(num_blocks=400, block_size=4, max_running=8, max_step_tokens=64, num_slots=2)
+    for number in range(40):
+        play.add([number], 6, "hot", "xy"[number % 2])
+    play.step()
+    cold, of_base = play.add([100], 2, adapter="z"), play.add([101], 1)
+    play.step()
+    assert not cold.is_running
+    for _ in range(6):  # those who run with x or y end, and nobody new starts with the one of them that is reserved
+        play.step()
+        assert play.scheduler.num_running > 3
+    assert of_base not in play.left
+    assert cold not in play.left
+    play.drain(100)
+    assert play.scheduler.counters.num_placements >= 4
+
+
+def test_slots_of_idle_adapters_go_by_their_last_use() -> None:
+    play = Play(num_blocks=100, block_size=4, num_slots=2)
+    for adapter in "xyxz":
+        play.add([1], 1, adapter=adapter)
+        play.step()
+    assert play.scheduler.slots.adapters == ("x", "z")
+    assert play.scheduler.counters.num_placements == 3
+    play.scheduler.slots.drop("z")
+    play.scheduler.slots.drop("z")
+    play.add([1], 1, adapter="y")
+    play.step()
+    assert play.scheduler.slots.adapters == ("x", "y")
+    assert set(play.in_slot.values()) == {"x", "y"}

@@ -55,6 +55,7 @@ class Output:
 class EngineStats:
     """How busy an engine is now, in answers; `adapters`: digests that are loaded. The rest is counted from its start.
 
+    `num_placements` counts adapters that were given one of the slots that a step computes with.
     A step is one turn of the engine; `num_chunks` are prompts' pieces but for the last of each; `num_prefix_hits` answers began with
     `num_prefix_tokens` that were in the cache.
     """
@@ -68,6 +69,7 @@ class EngineStats:
     num_preemptions: int = 0
     num_prefix_hits: int = 0
     num_prefix_tokens: int = 0
+    num_placements: int = 0
     num_free_blocks: int = 0
     num_blocks: int = 0
     has_failed: bool = False
@@ -92,7 +94,7 @@ class Engine(Protocol):
     async def load_adapter(self, digest: str, folder: Path) -> None:
         """Make an adapter usable, from a local folder, while other requests go on; nothing if it is loaded.
 
-        Raises `ModelError` (`BaseMismatchError`) if it does not belong to this engine's model.
+        Raises `ModelError` (`BaseMismatchError`) if it does not belong to this engine's model, `EngineBusyError` if there is no room now.
         """
         ...
 

@@ -1,8 +1,7 @@
 """Parts of a model that are computed in C where that gives the same: gated MLPs and root mean square norms.
 
 A module is recognised by what it has, not by its class, and its faster way is taken only if it gives on random numbers what the
-module's own code gives; so a new architecture is computed by its own code until it fits, and never wrongly. An adapter on a
-module's layers brings its own code back for as long as it is in use.
+module's own code gives; so a new architecture is computed by its own code until it fits, and never wrongly.
 """
 
 import inspect
@@ -41,21 +40,11 @@ def _gates(module: nn.Module) -> list[tuple[Forward, int]]:
     gate, kind = getattr(module, "gate_proj", None), _KINDS.get(type(getattr(module, "act_fn", None)).__name__)
     if not isinstance(gate, Part) or kind is None or not hasattr(module, "down_proj"):
         return []
-    own = type(module).forward
 
     def forward(self: Any, input: Tensor) -> Tensor:
-        part = _without_adapter(self.gate_proj)
-        if part is None or _without_adapter(self.up_proj) is None:
-            return cast(Tensor, own(self, input))
-        return cast(Tensor, self.down_proj(native.gate(part.product.whole(input), kind)))
+        return cast(Tensor, self.down_proj(native.gate(self.gate_proj.product.whole(input), kind)))
 
     return [(forward, gate.in_features)]
-
-
-def _without_adapter(layer: Any) -> Part | None:
-    """The layer, if no adapter is in use on it."""
-    base = layer.base_layer if getattr(layer, "disable_adapters", False) else layer
-    return base if isinstance(base, Part) else None
 
 
 def _norms(module: nn.Module) -> list[tuple[Forward, int]]:

@@ -14,6 +14,7 @@ BLOCK_SIZE = 16
 """Tokens in a block of the cache: what a prefix is shared by, and what is wasted at the end of a sequence, half of it on average."""
 _SHARE_OF_MEMORY = {"cpu": 0.25, "cuda": 0.8}
 """Of what is available: on a CPU others need it too."""
+_SHARE_OF_ADAPTERS = 0.1
 
 
 def context_length(model: PreTrainedModel, spec: EngineSpec) -> int:
@@ -51,6 +52,11 @@ def num_blocks(spec: EngineSpec, length: int, block_size_bytes: int, device: tor
             f"{size_bytes / 1e9:.3g} GB: raise engine.cache_gb, or lower engine.max_sequence_length."
         )
     return min(possible, per_sequence * spec.max_batch_size)
+
+
+def adapters_bytes(spec: EngineSpec) -> int:
+    """Memory of the host for adapters."""
+    return int(available_bytes() * _SHARE_OF_ADAPTERS if spec.adapters_gb is None else spec.adapters_gb * 1e9)
 
 
 def available_bytes(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

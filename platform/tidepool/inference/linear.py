@@ -5,11 +5,11 @@
 - `int8` on a CPU: weights with one scale for each output, inputs with one for each token, multiplied and summed exactly in integers:
   a token's result does not depend on the tokens beside it. All else is bfloat16 then.
 
-All of them are `nn.Linear` for whoever looks, so that adapters attach to them by the names that they were trained with; packed ones keep
-no readable weight. GPT-2's `Conv1D` is one product already and stays as it is, but for int8.
+All of them are `nn.Linear` for whoever looks, under the names that adapters were trained with; packed ones keep no readable weight.
+GPT-2's `Conv1D` is one product already and stays as it is, but for int8.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Literal, cast
 
 import torch
@@ -35,10 +35,10 @@ def weights_dtype(weights: Weights, device: str) -> torch.dtype:
 
 
 def swap_linear_layers(model: PreTrainedModel, weights: Weights, batch_invariant: bool = False) -> None:
-    """Swap the layers of a model in place; adapters may be attached afterwards.
+    """Swap the layers of a model in place.
 
     With `batch_invariant` each product has the same number of rows, filled up with zeros: what decides the order of a row's additions
-    is the shape. That holds for the model's own layers, not for an adapter's.
+    is the shape.
     """
     is_cpu = model.device.type == "cpu"
     if weights == "int8":
@@ -64,6 +64,14 @@ def swap_linear_layers(model: PreTrainedModel, weights: Weights, batch_invariant
                 setattr(module, name, pack(_from_conv1d(child)))
 
 
+def named_linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    """The linear layers of the model's own, by their names, swapped or not."""
+    inside = {id(child) for module in model.modules() if isinstance(module, _Layer) for child in module.children()}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and id(module) not in inside:
+            yield name, module
+
+
 class _Layer(nn.Linear):
     """A linear layer that multiplies with something else than its `weight`, which has shape, dtype and device but no memory."""
 
@@ -85,6 +93,11 @@ class Part(_Layer):
     def product(self) -> "Product":
         return self._product[0]
 
+    @property
+    def first_column(self) -> int:
+        """Of this part in the product."""
+        return sum(self.product.sizes[: self._index])
+
     def forward(self, input: Tensor) -> Tensor:
         return self._product[0].part(input, self._index)
 
@@ -93,18 +106,18 @@ class Product:
     """Computes the layers at once when the first is asked for, and hands out the others for the same input."""
 
     def __init__(self, layer: nn.Module, sizes: list[int]) -> None:
-        self._layer, self._sizes = layer, sizes
+        self.layer, self.sizes = layer, sizes
         self._input: Tensor | None = None
         self._parts: list[Tensor | None] = []
 
     def whole(self, input: Tensor) -> Tensor:
         """All parts, one after the other."""
-        output: Tensor = self._layer(input)
+        output: Tensor = self.layer(input)
         return output
 
     def part(self, input: Tensor, index: int) -> Tensor:
         if self._input is not input or self._parts[index] is None:
-            self._input, self._parts = input, list(self._layer(input).split(self._sizes, dim=-1))
+            self._input, self._parts = input, list(self.layer(input).split(self.sizes, dim=-1))
         part, self._parts[index] = self._parts[index], None
         if not any(one is not None for one in self._parts):
             self._input = None

@@ -1,4 +1,4 @@
-"""What is computed in C (`attention.c`), compiled when it is first wanted and kept for the next time.
+"""What is computed in C (`attention.c`, `lora.c`), compiled when it is first wanted and kept for the next time.
 
 Where there is no C compiler, or for tensors that it does not know, `can_attend` says so, and the caller computes with torch;
 `quantize` and `scale` compute with torch themselves then.
@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,13 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("attention.c")
+_LORA = Path(__file__).with_name("lora.c")
+_FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC", "-std=gnu11", "-fno-math-errno"]
 # Additions may be reordered once, when it is compiled; nothing is assumed of numbers that are not finite.
-_FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC", "-std=gnu11"]
-_FLAGS += ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+_REORDERING = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math"]
 _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+DTYPES = frozenset(_SUFFIXES)
+"""What can be computed in C."""
 _COMPILE_TIMEOUT_S = 60
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS = {
@@ -33,6 +37,7 @@ _ARGUMENTS = {
     "gate": [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT],
     "norm": [*[_POINTER] * 3, _LONG, _LONG, ctypes.c_float, _INT, _INT],
 }
+_LORA_ARGUMENTS = {"lora": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT, *[_POINTER] * 4, *[_INT] * 4]}
 
 
 def can_attend(query_DHK: Tensor, keys: Tensor) -> bool:
@@ -103,41 +108,71 @@ def norm(input_TN: Tensor, weight_N: Tensor, epsilon: float, rounds_first: bool)
     return output_TN
 
 
+def lora(
+    input_TK: Tensor,
+    output_TN: Tensor,
+    groups_G3: Tensor,
+    addresses_SP2: Tensor,
+    ranks_SP: Tensor,
+    scales_SP: Tensor,
+    columns_P2: Tensor,
+    num_parts: int,
+    most_ranks: int,
+) -> None:
+    """Add to each row of the output what its group's adapter has for it. For the tables see `lora_layers`. Needs `lora_library()`."""
+    function = getattr(lora_library(), f"lora_{_SUFFIXES[input_TK.dtype]}")
+    tables = [one.data_ptr() for one in (addresses_SP2, ranks_SP, scales_SP, columns_P2)]
+    rows = input_TK.data_ptr(), input_TK.stride(0), input_TK.shape[1], output_TN.data_ptr(), output_TN.stride(0)
+    sizes = num_parts, ranks_SP.shape[1], most_ranks, torch.get_num_threads()
+    if function(*rows, groups_G3.data_ptr(), len(groups_G3), *tables, *sizes):
+        raise MemoryError("No memory for a few rows of an adapter: lower engine.threads.")
+
+
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be compiled, which is said once."""
+    return _load(_SOURCE, [*_FLAGS, *_REORDERING], _ARGUMENTS)
+
+
+@cache
+def lora_library() -> ctypes.CDLL | None:
+    """The same for `lora`, which keeps additions in their order."""
+    return _load(_LORA, _FLAGS, _LORA_ARGUMENTS)
+
+
+def _load(source: Path, flags: list[str], functions: dict[str, list[Any]]) -> ctypes.CDLL | None:
     try:
-        path, is_new = _compiled()
+        path, is_new = _compiled(source, flags)
         try:
             loaded = ctypes.CDLL(str(path))
         except OSError:  # torn by a crash, or made for another C library
             if is_new:
                 raise
             path.unlink()
-            loaded = ctypes.CDLL(str(_compiled()[0]))
+            loaded = ctypes.CDLL(str(_compiled(source, flags)[0]))
     except (OSError, subprocess.SubprocessError) as error:
-        log.warning("Attention is computed by torch, which is slower, since attention.c could not be compiled: %s", error)
+        log.warning("torch computes in its place, which is slower, since %s could not be compiled: %s", source.name, error)
         return None
-    for name, arguments in _ARGUMENTS.items():
+    for name, arguments in functions.items():
         for suffix in _SUFFIXES.values():
             getattr(loaded, f"{name}_{suffix}").argtypes = arguments
     return loaded
 
 
-def _compiled() -> tuple[Path, bool]:
+def _compiled(source: Path, flags: list[str]) -> tuple[Path, bool]:
     """The library's path, and whether it was made now; its name tells source, flags and processor, so that nothing stale is loaded.
 
     One that somebody else has put there is not loaded: it would be their code.
     """
-    text = _SOURCE.read_bytes() + " ".join(_FLAGS).encode() + _processor().encode()
+    text = source.read_bytes() + " ".join(flags).encode() + _processor().encode()
     folder = Path(os.environ.get("TIDEPOOL_CACHE") or Path.home() / ".cache" / "tidepool") / "compiled"
-    path = folder / f"attention-{hashlib.sha256(text).hexdigest()[:24]}.so"
+    path = folder / f"{source.stem}-{hashlib.sha256(text).hexdigest()[:24]}.so"
     if path.is_file() and path.stat().st_uid in (0, os.geteuid()):
         return path, False
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         built = Path(scratch) / path.name
-        command = [os.environ.get("CC", "cc"), *_FLAGS, str(_SOURCE), "-o", str(built), "-lm"]
+        command = [os.environ.get("CC", "cc"), *flags, str(source), "-o", str(built), "-lm"]
         subprocess.run(command, check=True, capture_output=True, timeout=_COMPILE_TIMEOUT_S)
         with built.open("rb") as file:
             os.fsync(file.fileno())

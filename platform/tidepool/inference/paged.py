@@ -16,23 +16,26 @@ Invariants:
 import asyncio
 import logging
 import weakref
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tidepool.errors import EngineBusyError, ModelError, RequestError
+from tidepool.inference.adapters import Adapters
 from tidepool.inference.answer import Answer, find_end_tokens
 from tidepool.inference.blocks import Blocks
 from tidepool.inference.engine import EngineStats, FinishReason, GenerationRequest, Output
 from tidepool.inference.fused import fuse
 from tidepool.inference.grammar import CompiledGrammar, Grammars
-from tidepool.inference.limits import BLOCK_SIZE, context_length, num_blocks
+from tidepool.inference.limits import BLOCK_SIZE, adapters_bytes, context_length, num_blocks
 from tidepool.inference.linear import swap_linear_layers
-from tidepool.inference.runner import Attach, Computed, ModelRunner
+from tidepool.inference.lora import Matrices, pack
+from tidepool.inference.runner import Computed, ModelRunner, Placement
 from tidepool.inference.scheduler import Chunk, Scheduler
 from tidepool.inference.sequence import Sequence
 from tidepool.inference.stream import Stream
@@ -40,6 +43,15 @@ from tidepool.specs import EngineSpec
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+
+
+class ReadAdapter(Protocol):
+    """Reads the adapter in a folder: its matrices by the names of linear layers, given those layers' sizes and which makes the logits.
+
+    Raises `ModelError` (`BaseMismatchError`) if it does not belong to the model.
+    """
+
+    def __call__(self, folder: Path, sizes: Mapping[str, tuple[int, int]], output_layer: str | None, /) -> Mapping[str, Matrices]: ...
 
 
 @dataclass(eq=False)
@@ -68,29 +80,33 @@ class PagedEngine:
     Raises `ModelError` for a model that it cannot run.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EngineSpec, attach: Attach) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EngineSpec, read: ReadAdapter) -> None:
         self._tokenizer, self._spec = tokenizer, spec
         self.context_length = context_length(model, spec)
         """Tokens that a prompt and its answer have room for together."""
         self._num_tokens = int(model.get_input_embeddings().weight.shape[0])
         self._end_tokens = find_end_tokens(model, tokenizer)
         self._grammars = Grammars(tokenizer, self._end_tokens, self._num_tokens)
-        self._runner = ModelRunner(model, attach, BLOCK_SIZE, spec.batch_invariant)
+        self._runner = ModelRunner(model, BLOCK_SIZE, spec.batch_invariant)
         swap_linear_layers(model, spec.weights, spec.batch_invariant)
         fuse(model)
         self._blocks = Blocks(num_blocks(spec, self.context_length, self._runner.block_size_bytes, model.device), BLOCK_SIZE)
-        self._runner.allocate(self._blocks.num_blocks)
-        self._scheduler = Scheduler(self._blocks, spec.max_batch_size, max(spec.max_step_tokens, spec.max_batch_size))
+        layers = self._runner.allocate(self._blocks.num_blocks, spec.max_adapters)
+        max_step_tokens = max(spec.max_step_tokens, spec.max_batch_size)
+        self._scheduler = Scheduler(self._blocks, spec.max_batch_size, max_step_tokens, spec.max_adapters)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
         self._live: dict[str, _Live] = {}
         self._of_sequence: dict[Sequence, tuple[_Live, Answer]] = {}
         self._driver: asyncio.Task[None] | None = None
         self._num_generated_tokens = 0
         self._is_closed = self._has_failed = False
-        self._adapters: dict[str, None] = {}  # those that requests may use, the least recently used first
-        self._leaving: set[str] = set()  # those that only requests in flight use
-        self._tasks: set[asyncio.Task[None]] = set()  # grammars being compiled, changes of adapters
-        self._changing = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()  # grammars being compiled
+        self._adapters = Adapters(
+            lambda folder: pack(read(folder, layers.sizes, layers.output_layer), model.dtype, model.device.type == "cuda"),
+            adapters_bytes(spec),
+            lambda digest: self._user_of(digest) is not None,
+            self._empty_slot,
+        )
 
     # --- Requests ----------------------------------------------------------------------------------------------------
 
@@ -101,7 +117,7 @@ class PagedEngine:
         assert not self._is_closed
         self._check(request)
         if request.adapter is not None:
-            self._touch(request.adapter)
+            self._adapters.touch(request.adapter)
         stream = Stream(request.sampling.n, lambda: self._end(live))
         live = self._live[request.request_id] = _Live(request, weakref.ref(stream))
         if request.sampling.json_schema is None and request.sampling.regex is None:
@@ -125,7 +141,7 @@ class PagedEngine:
             self._scheduler.num_running,
             self._scheduler.num_waiting + num_compiling,
             self._num_generated_tokens,
-            tuple(self._adapters),
+            self._adapters.digests,
             **asdict(self._scheduler.counters),
             num_free_blocks=self._blocks.num_free,
             num_blocks=self._blocks.num_blocks,
@@ -138,6 +154,7 @@ class PagedEngine:
         for request_id in list(self._live):
             self.cancel(request_id)
         await asyncio.gather(*self._tasks, *([self._driver] if self._driver else []), return_exceptions=True)
+        await self._adapters.close()
         self._grammars.close()
         self._thread.shutdown()
 
@@ -146,7 +163,7 @@ class PagedEngine:
     async def _drive(self) -> None:
         accepted: list[_Accepted] = []
         while chunks := self._next_step():
-            step = self._compute(lambda: self._runner.run(chunks))
+            step = self._compute(partial(self._runner.run, chunks, self._placements()))
             self._tell_all(accepted)
             results = await step
             self._scheduler.fail([result.chunk for result in results if result.error])
@@ -284,74 +301,33 @@ class PagedEngine:
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
     async def load_adapter(self, digest: str, folder: Path) -> None:
-        """See `Engine.load_adapter`. With `max_adapters` there, the least recently used idle one goes.
-
-        Raises `EngineBusyError` if all of them are in use.
-        """
-        await self._change(lambda: self._load(digest, folder))
+        """See `Engine.load_adapter`. It may push others out that are idle."""
+        await self._adapters.load(digest, folder)
 
     async def drop_adapter(self, digest: str) -> None:
         """See `Engine.drop_adapter`. New requests cannot use it, unless it is loaded again before the last one has ended."""
-        if digest in self._adapters:
-            del self._adapters[digest]
-            self._leaving.add(digest)
-        while digest in self._leaving and (live := self._user_of(digest)):
+        self._adapters.leave(digest)
+        while self._adapters.is_leaving(digest) and (live := self._user_of(digest)):
             await live.ended.wait()
-        await self._change(lambda: self._forget(digest))
+        if self._adapters.is_leaving(digest):  # else it has been loaded again meanwhile, or dropped twice
+            self._adapters.forget(digest)
 
-    async def _change(self, change: Callable[[], Coroutine[None, None, None]]) -> None:
-        """Make a change after those before it, and to its end whether or not the caller is cancelled: the model is shared."""
+    def _empty_slot(self, digest: str) -> None:
+        """The adapter's memory is free when the compute thread has heard of it."""
+        self._scheduler.slots.drop(digest)
+        if placements := self._placements():
+            self._compute(partial(self._runner.place, placements))
 
-        async def in_turn() -> None:
-            async with self._changing:
-                await change()
+    def _placements(self) -> list[Placement]:
+        """What slots are to hold from the next work of the compute thread on, for which this is asked."""
+        moves = self._scheduler.slots.take_moves()
+        return [Placement(move.slot, move.adapter, None if move.adapter is None else self._adapters[move.adapter]) for move in moves]
 
-        await asyncio.shield(self._keep(in_turn()))
-
-    def _keep(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
-        """A task that is waited for when the engine closes."""
+    def _keep(self, work: Coroutine[None, None, None]) -> None:
+        """Work that is waited for when the engine closes."""
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        return task
-
-    async def _load(self, digest: str, folder: Path) -> None:
-        if digest in self._adapters or digest in self._leaving:
-            self._leaving.discard(digest)
-            self._touch(digest)
-            return
-        # Out of use before the new one is there, so that no request starts with it; it goes when the new one has come.
-        victim = self._make_room()
-        try:
-            await self._compute(lambda: self._runner.attach(digest, folder))
-        except BaseException:
-            if victim is not None:
-                self._adapters = {victim: None, **self._adapters}
-            raise
-        self._adapters[digest] = None
-        if victim is not None:
-            await self._compute(lambda: self._runner.detach(victim))
-
-    def _make_room(self) -> str | None:
-        """The adapter that has to go, taken from those that requests may use."""
-        if len(self._adapters) + len(self._leaving) < self._spec.max_adapters:
-            return None
-        victim = next((digest for digest in self._adapters if not self._user_of(digest)), None)
-        if victim is None:
-            raise EngineBusyError(
-                f"All {self._spec.max_adapters} adapters of this engine are in use. Try again later, or raise engine.max_adapters."
-            )
-        del self._adapters[victim]
-        return victim
-
-    async def _forget(self, digest: str) -> None:
-        if digest in self._leaving and not self._user_of(digest):  # else it has been loaded again meanwhile, or dropped twice
-            self._leaving.remove(digest)
-            await self._compute(lambda: self._runner.detach(digest))
 
     def _user_of(self, digest: str) -> _Live | None:
         return next((live for live in self._live.values() if live.request.adapter == digest), None)
-
-    def _touch(self, digest: str) -> None:
-        self._adapters.pop(digest, None)
-        self._adapters[digest] = None

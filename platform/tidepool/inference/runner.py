@@ -2,18 +2,16 @@
 
 Invariants:
 - The base model computes as if no adapter had ever been loaded; an adapter as if it were the only one.
-- A failure ends the sequences that were being computed with it (those with the same adapter in this step), and no others.
+- A step is one forward pass, whatever adapters are in it (and one for embeddings). A failure ends the sequences of its step, and no others.
 """
 
 import inspect
 from collections.abc import Sequence as Items
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import groupby
-from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -21,6 +19,8 @@ from tidepool.errors import ModelError
 from tidepool.inference import native
 from tidepool.inference.attention import Cache, Ragged, check_attention, pack, pack_alone
 from tidepool.inference.log_probabilities import TokenLogprobs, prompt_logprobs
+from tidepool.inference.lora import PackedAdapter
+from tidepool.inference.lora_layers import NO_SLOT, LoraLayers, runs_of
 from tidepool.inference.sampler import Sampler, SamplingState
 from tidepool.inference.scheduler import Chunk
 
@@ -28,10 +28,13 @@ _INPUTS = {"position_ids", "logits_to_keep"}
 _ATTENTIONS = {"full_attention", "sliding_attention"}
 
 
-class Attach(Protocol):
-    """Loads the adapter of a folder under a name into the model, in place, and returns the model that holds it."""
+@dataclass(frozen=True)
+class Placement:
+    """An adapter to put into a slot before a step; None: the slot gets empty."""
 
-    def __call__(self, model: PreTrainedModel | PeftModel, folder: Path, name: str, /) -> PeftModel: ...
+    slot: int
+    digest: str | None
+    adapter: PackedAdapter | None
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Computed:
 class ModelRunner:
     """A base model, its adapters, and the cache. Raises `ModelError` for a model that it cannot run."""
 
-    def __init__(self, model: PreTrainedModel, attach: Attach, block_size: int, batch_invariant: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, block_size: int, batch_invariant: bool = False) -> None:
         _check(model)
         if batch_invariant and (model.device.type != "cpu" or native.library() is None):
             raise ModelError("engine.batch_invariant needs a CPU and a C compiler: install one, or leave it out.")
@@ -59,9 +62,8 @@ class ModelRunner:
         self._shapes = check_attention(model)
         self._block_size = block_size
         self._cache: Cache | None = None
-        self._adapted: PeftModel | None = None
-        self._attach = attach
-        self._selected: str | None = None
+        self._layers: LoraLayers | None = None
+        self._slot_of: dict[str | None, int] = {None: NO_SLOT}
         self._sampler = Sampler()
 
     @property
@@ -70,56 +72,34 @@ class ModelRunner:
         itemsize: int = self._base.dtype.itemsize
         return self._block_size * sum(one.num_floats for one in self._shapes) * itemsize
 
-    def allocate(self, num_blocks: int) -> None:
-        """Make the cache; its memory is taken as it is used."""
+    def allocate(self, num_blocks: int, num_slots: int) -> LoraLayers:
+        """Make the cache, whose memory is taken as it is used, and the slots for adapters on the model's layers as they are now."""
         self._cache = Cache(self._shapes, num_blocks, self._block_size, self._base.dtype, self._base.device)
+        self._layers = LoraLayers(self._base, num_slots)
+        return self._layers
+
+    def place(self, placements: Items[Placement]) -> None:
+        """Change what slots hold, in this order."""
+        assert self._layers is not None
+        for placement in placements:
+            self._slot_of = {digest: slot for digest, slot in self._slot_of.items() if slot != placement.slot}
+            if placement.digest is not None:
+                self._slot_of[placement.digest] = placement.slot
+            self._layers.put(placement.slot, placement.adapter)
 
     @torch.inference_mode()
-    def run(self, chunks: Items[Chunk]) -> list[Computed]:
-        """Compute a step, one adapter after the other."""
-        results: list[Computed] = []
-        by_adapter = sorted(chunks, key=lambda chunk: chunk.sequence.adapter or "")
-        for adapter, group in groupby(by_adapter, key=lambda chunk: chunk.sequence.adapter):
-            ordered = sorted(group, key=lambda chunk: chunk.end - chunk.start > 1)
-            try:
-                self._select(adapter)
-                embedding = [chunk for chunk in ordered if chunk.sequence.is_embedding]
-                answering = [chunk for chunk in ordered if not chunk.sequence.is_embedding]
-                computed = self._embed(embedding) if embedding else []  # first: the others may have found its blocks in this step
-                results += computed + (self._compute(answering) if answering else [])
-            except Exception as error:  # noqa: BLE001 whatever the model raises, the engine must serve the requests after these
-                results += [Computed(chunk, error=error) for chunk in ordered]
-        return results
-
-    def attach(self, digest: str, folder: Path) -> None:
-        """Load an adapter. Raises `ModelError`, and then the model is as it was."""
-        if self._batch_invariant:
-            raise ModelError("engine.batch_invariant is for a base without adapters: serve this one without it.")
-        model = self._base if self._adapted is None else self._adapted
+    def run(self, chunks: Items[Chunk], placements: Items[Placement] = ()) -> list[Computed]:
+        """Compute a step, after a change of what slots hold."""
+        self.place(placements)
+        # Those of one token first; then rows of the same adapter stand together.
+        ordered = sorted(chunks, key=lambda chunk: (chunk.end - chunk.start > 1, self._slot_of[chunk.sequence.adapter]))
+        embedding = [chunk for chunk in ordered if chunk.sequence.is_embedding]
+        answering = [chunk for chunk in ordered if not chunk.sequence.is_embedding]
         try:
-            self._adapted = self._attach(model, folder, digest)
-        finally:
-            self._selected = None
-            self._disable()
-        if getattr(self._adapted.peft_config[digest], "use_dora", False):
-            self.detach(digest)
-            raise ModelError(
-                "The engine cannot run a DoRA adapter, which reads the weights of the base: merge the two (`tidepool models merge`) and "
-                "serve the whole model."
-            )
-
-    def detach(self, digest: str) -> None:
-        """Forget an adapter."""
-        assert self._adapted is not None
-        others = [name for name in self._adapted.peft_config if name != digest]
-        if others:
-            self._adapted.set_adapter(others[0])  # peft warns when the active one is deleted
-            self._adapted.delete_adapter(digest)
-        else:
-            self._adapted.unload()
-            self._adapted = None
-        self._selected = None
-        self._disable()
+            computed = self._embed(embedding) if embedding else []  # first: the others may have found its blocks in this step
+            return computed + (self._compute(answering) if answering else [])
+        except Exception as error:  # noqa: BLE001 whatever the model raises, the engine must serve the requests after these
+            return [Computed(chunk, error=error) for chunk in ordered]
 
     # --- A forward pass ----------------------------------------------------------------------------------------------
 
@@ -127,7 +107,9 @@ class ModelRunner:
         """One forward pass over chunks of prompts, up to the hidden states after the last norm."""
         ragged = self._pack(chunks)
         inner = self._base.base_model
-        hidden_TH = inner(input_ids=ragged.tokens_1T, position_ids=ragged.positions_1T, use_cache=False, paged=ragged).last_hidden_state[0]
+        with self._adapters_of(chunks, []):
+            found = inner(input_ids=ragged.tokens_1T, position_ids=ragged.positions_1T, use_cache=False, paged=ragged)
+        hidden_TH = found.last_hidden_state[0]
         sums = [part.float().sum(dim=0).cpu() for part in hidden_TH.split([chunk.end - chunk.start for chunk in chunks])]
         return [Computed(chunk, hidden_sum_H=hidden_sum_H) for chunk, hidden_sum_H in zip(chunks, sums, strict=True)]
 
@@ -136,16 +118,18 @@ class ModelRunner:
         return pack_alone(chunks, self._cache) if self._batch_invariant else pack(chunks, self._cache, self._base.device)
 
     def _compute(self, chunks: list[Chunk]) -> list[Computed]:
-        """One forward pass over chunks of the same adapter, those of one token first, and the tokens that follow from it."""
+        """One forward pass over chunks, those of one token first, and the tokens that follow from it."""
         ragged = self._pack(chunks)
         rows, spans = _wanted(chunks)
-        logits_NV = self._base(
-            input_ids=ragged.tokens_1T,
-            position_ids=ragged.positions_1T,
-            use_cache=False,
-            logits_to_keep=torch.tensor(rows or [0], device=self._base.device),
-            paged=ragged,
-        ).logits[0]
+        kept = rows or [0]
+        with self._adapters_of(chunks, kept):
+            logits_NV = self._base(
+                input_ids=ragged.tokens_1T,
+                position_ids=ragged.positions_1T,
+                use_cache=False,
+                logits_to_keep=torch.tensor(kept, device=self._base.device),
+                paged=ragged,
+            ).logits[0]
         prompts = {index: _prompt_logprobs(chunks[index], logits_NV[first:last]) for index, (first, last) in spans.items()}
         answering = [index for index, chunk in enumerate(chunks) if chunk.is_last]
         sampled = None
@@ -164,20 +148,11 @@ class ModelRunner:
                 results.append(Computed(chunk, sampled.tokens[row], sampled.logprobs.get(row), prompts.get(index, ())))
         return results
 
-    def _select(self, adapter: str | None) -> None:
-        if adapter == self._selected:
-            return
-        if adapter is None:
-            self._disable()
-        else:
-            assert self._adapted is not None
-            self._adapted.set_adapter(adapter)
-            self._adapted.base_model.enable_adapter_layers()
-        self._selected = adapter
-
-    def _disable(self) -> None:
-        if self._adapted is not None:
-            self._adapted.base_model.disable_adapter_layers()
+    def _adapters_of(self, chunks: list[Chunk], kept: list[int]) -> AbstractContextManager[None]:
+        """Within it all tokens of the chunks are computed with their own adapters, and so are the logits of those that are kept."""
+        assert self._layers is not None
+        of_token = [self._slot_of[chunk.sequence.adapter] for chunk in chunks for _ in range(chunk.start, chunk.end)]
+        return self._layers.rows(runs_of(of_token), runs_of([of_token[row] for row in kept]))
 
 
 def _sampling(chunk: Chunk) -> SamplingState:

@@ -7,6 +7,8 @@ Who starts next is fair between clients (an adapter and a fairness key together)
 Serving Large Language Models" (Sheng et al. 2024): each client has a counter of the work done for it, the lowest one is served, and
 a client that comes back after a pause starts at the lowest counter of those who wait. Within a client it goes by arrival.
 
+Where the one whose turn it is needs an adapter that can have no slot now (`slots`), the next one may start; the slot comes free for it.
+
 When no block is free, the running sequence that arrived last gives its own back and waits again; what it had is computed anew, or found
 where it still is. The oldest one never gives way, so that it ends, and then the next is the oldest.
 
@@ -23,6 +25,7 @@ from itertools import count
 
 from tidepool.inference.blocks import Blocks, block_key
 from tidepool.inference.sequence import Sequence
+from tidepool.inference.slots import Slots
 
 PROMPT_WEIGHT, ANSWER_WEIGHT = 1, 2
 """What a token costs a client, as in the paper."""
@@ -44,13 +47,15 @@ class Chunk:
 
 @dataclass
 class Counters:
-    """What has happened since the start. `num_chunks` counts the chunks that were not the last of their prompt."""
+    """What has happened since the start. `num_chunks` counts the chunks that were not the last of their prompt, `num_placements`
+    adapters that were given a slot."""
 
     num_steps: int = 0
     num_chunks: int = 0
     num_preemptions: int = 0
     num_prefix_hits: int = 0
     num_prefix_tokens: int = 0
+    num_placements: int = 0
 
 
 @dataclass
@@ -61,10 +66,14 @@ class _Client:
 
 
 class Scheduler:
-    """Sequences from their start to their end. A sequence alone must fit the blocks, or it could never be computed."""
+    """Sequences from their start to their end. A sequence alone must fit the blocks, or it could never be computed.
 
-    def __init__(self, blocks: Blocks, max_running: int, max_step_tokens: int) -> None:
+    `num_slots`: adapters that a step can compute with; default: one for each sequence.
+    """
+
+    def __init__(self, blocks: Blocks, max_running: int, max_step_tokens: int, num_slots: int | None = None) -> None:
         assert max_step_tokens >= max_running
+        self.slots = Slots(num_slots or max_running)
         self._blocks, self._max_running, self._max_step_tokens = blocks, max_running, max_step_tokens
         self._clients: dict[tuple[str | None, str], _Client] = {}
         self._running: list[Sequence] = []  # by arrival
@@ -110,6 +119,7 @@ class Scheduler:
         """The next step; empty if there is nothing to do. Each sequence has one chunk at most."""
         chunks: list[Chunk] = []
         budget = self._max_step_tokens
+        self.slots.begin()
         # Those who answer come first, then the prompts that have begun, each by arrival; a preemption shortens the list from its end.
         for sequence in sorted(self._running, key=lambda one: (len(one.tokens) - one.num_computed > 1, one.arrival)):
             if sequence.is_running and budget:
@@ -134,6 +144,7 @@ class Scheduler:
         size = self._blocks.block_size
         assert all(len(one.blocks) == -(-one.num_computed // size) for one in self._running)
         self._blocks.check([one.blocks for one in self._running])
+        self.slots.check([one.adapter for one in self._running])
 
     # --- One sequence ------------------------------------------------------------------------------------------------
 
@@ -154,10 +165,10 @@ class Scheduler:
 
     def _start(self) -> Sequence | None:
         """Let the next sequence run, with what is found of it, if there is room for all of its tokens."""
-        waiting = [client for client in self._clients.values() if client.waiting]
-        if not waiting:
+        waiting = sorted((one for one in self._clients.values() if one.waiting), key=lambda one: (one.served, one.waiting[0].arrival))
+        client = next((one for one in waiting if self.slots.can_start(one.waiting[0].adapter)), None)
+        if client is None:
             return None
-        client = min(waiting, key=lambda one: (one.served, one.waiting[0].arrival))
         sequence = client.waiting[0]
         found = self._find(sequence)
         size = self._blocks.block_size
@@ -167,6 +178,7 @@ class Scheduler:
             return None
         del client.waiting[0]
         self._blocks.hold(found)
+        self.counters.num_placements += self.slots.start(sequence.adapter)
         sequence.is_running, sequence.blocks, sequence.num_computed = True, found, len(found) * size
         sequence.num_charged = max(sequence.num_charged, sequence.num_computed)
         self.counters.num_prefix_hits += bool(found)
@@ -211,6 +223,7 @@ class Scheduler:
             sequence.keys.append(block_key(parent, sequence.tokens[index * size : (index + 1) * size]))
 
     def _release(self, sequence: Sequence) -> None:
+        self.slots.stop(sequence.adapter)
         self._blocks.release(sequence.blocks)
         sequence.is_running, sequence.blocks, sequence.num_computed = False, [], 0
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from tidepool.models.adapter import add_lora, attach_adapter, export_adapter
     from tidepool.models.attention import has_windows, use_given_masks
     from tidepool.models.imported import import_model
+    from tidepool.models.lora_weights import read_lora
     from tidepool.models.merged import merge_model
     from tidepool.models.opened import OpenedModel, open_model
     from tidepool.models.packed import packed_attention_mask, packed_positions
@@ -56,6 +57,7 @@ __all__ = [
     "open_model",
     "packed_attention_mask",
     "packed_positions",
+    "read_lora",
     "train_tokenizer",
     "use_chat_template",
     "use_given_masks",
@@ -65,6 +67,7 @@ _MODULES = {
     "adapter": ("add_lora", "attach_adapter", "export_adapter"),
     "attention": ("has_windows", "use_given_masks"),
     "imported": ("import_model",),
+    "lora_weights": ("read_lora",),
     "merged": ("merge_model",),
     "opened": ("OpenedModel", "open_model"),
     "packed": ("packed_attention_mask", "packed_positions"),

@@ -10,7 +10,7 @@ Invariants:
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from tidepool.errors import BaseMismatchError, ModelError
-from tidepool.models.adapter_config import check_adapter_config
+from tidepool.models.adapter_config import check_adapter_config, check_adapter_patterns
 from tidepool.models.pretrained import check_tokenizer, first_line, read_json, readable, tensor_shapes
 from tidepool.models.scratch import seeded
 from tidepool.models.source import ModelSource, model_files
 from tidepool.specs import LoraSpec, canonical_json
 
-_CONFIG, _WEIGHTS, _RECORD = "adapter_config.json", "adapter_model.safetensors", "tidepool.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_RECORD = "tidepool.json"
 
 
 def add_lora(model: PreTrainedModel, spec: LoraSpec, seed: int, base_ref: str) -> PeftModel:
@@ -69,12 +70,12 @@ def export_adapter(model: PeftModel, tokenizer: PreTrainedTokenizerBase, folder:
 
 def record_base(folder: Path, base: ModelSource) -> None:
     """Write into an adapter's folder what it belongs to: its base and the digest of the base's files."""
-    config = read_json(folder / _CONFIG)
+    config = read_json(folder / CONFIG)
     if isinstance(config.get("target_modules"), list):
         config["target_modules"].sort()  # peft keeps a set, whose order differs from process to process
     name, _, revision = base.ref.partition("@") if base.is_on_hub else (base.ref, "", "")
     config |= {"base_model_name_or_path": name, "revision": revision or None, "auto_mapping": None}
-    (folder / _CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
     (folder / _RECORD).write_bytes(canonical_json({"base": base.ref, "base_digest": base.digest}))
 
 
@@ -83,17 +84,29 @@ def check_adapter(base_shapes: PreTrainedModel, folder: Path, base_digest: str) 
 
     `base_shapes` (of `load_shapes`) is changed. Raises `BaseMismatchError`, `ModelError`.
     """
-    config = _read_config(folder, base_digest)
-    check_adapter_config(read_json(folder / _CONFIG), (name for name, _ in base_shapes.named_modules()), folder)
+    config = read_config(folder, base_digest)
+    lora = check_adapter_config(read_json(folder / CONFIG), folder)
+    check_adapter_patterns(lora, (name for name, _ in base_shapes.named_modules()), folder)
+    found = tensor_shapes(folder / WEIGHTS)
+    check_linear(found, folder)
     with readable(f"The adapter in {folder} does not fit this base"), _without_advice():
         adapted = get_peft_model(base_shapes, config, low_cpu_mem_usage=True)
     wanted = {key: tuple(tensor.shape) for key, tensor in get_peft_model_state_dict(adapted, save_embedding_layers=False).items()}
-    found = tensor_shapes(folder / _WEIGHTS)
-    if problem := _difference(found, wanted):
+    if problem := difference(found, wanted):
         raise ModelError(f"The adapter in {folder} does not fit this base: {problem}")
 
 
-def _difference(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+def check_linear(names: Iterable[str], folder: Path) -> None:
+    """Check by its weights' names that an adapter changes linear layers alone. Raises `ModelError`."""
+    if foreign := [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
+        raise ModelError(
+            f"The adapter in {folder} changes more than linear layers ({min(foreign)[:200]}), which no engine here computes beside other "
+            "adapters: train it on linear layers, or merge it where it was trained and import the whole model."
+        )
+
+
+def difference(found: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]) -> str:
+    """What is wrong with an adapter's weights, by their names and shapes; nothing if they are those that are wanted."""
     absent, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if absent or foreign:
         return f"{len(absent)} weights are missing, {len(foreign)} belong nowhere ({[*absent, *foreign][0]})."
@@ -106,9 +119,9 @@ def attach_adapter(model: PreTrainedModel | PeftModel, folder: Path, name: str, 
 
     Raises `BaseMismatchError` if it was trained on another base than the one with `base_digest`, else `ModelError`.
     """
-    config = _read_config(folder, base_digest)
+    config = read_config(folder, base_digest)
     try:
-        weights = load_file(folder / _WEIGHTS)
+        weights = load_file(folder / WEIGHTS)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"Cannot load the adapter in {folder}: {first_line(error)}") from error
     is_first = not isinstance(model, PeftModel)
@@ -127,7 +140,7 @@ def recorded_base(folder: Path) -> str | None:
     """The reference of the base that an adapter's folder names, if it does."""
     if (folder / _RECORD).is_file():
         return _text(read_json(folder / _RECORD).get("base"))
-    return _text(read_json(folder / _CONFIG).get("base_model_name_or_path"))
+    return _text(read_json(folder / CONFIG).get("base_model_name_or_path"))
 
 
 def _text(value: Any) -> str | None:
@@ -169,10 +182,11 @@ def _remove(adapted: PeftModel, name: str, is_first: bool) -> None:
         adapted.delete_adapter(name)
 
 
-def _read_config(folder: Path, base_digest: str) -> LoraConfig:
+def read_config(folder: Path, base_digest: str) -> LoraConfig:
+    """The configuration in an adapter's folder. Raises `BaseMismatchError`, and `ModelError` if it is no LoRA adapter."""
     names = model_files(folder)
-    if not {_CONFIG, _WEIGHTS} <= set(names):
-        raise ModelError(f"{folder} is no LoRA adapter: it needs {_CONFIG} and {_WEIGHTS}.")
+    if not {CONFIG, WEIGHTS} <= set(names):
+        raise ModelError(f"{folder} is no LoRA adapter: it needs {CONFIG} and {WEIGHTS}.")
     if _RECORD in names:
         record = read_json(folder / _RECORD)
         if record.get("base_digest") != base_digest:
@@ -180,10 +194,10 @@ def _read_config(folder: Path, base_digest: str) -> LoraConfig:
                 f"The adapter in {folder} was trained on {_text(record.get('base'))} (files {str(record.get('base_digest'))[:12]}), not on "
                 f"this base (files {base_digest[:12]}). Serve it with its own base, or train it again on this one."
             )
-    kind = read_json(folder / _CONFIG).get("peft_type")
+    kind = read_json(folder / CONFIG).get("peft_type")
     if kind != "LORA":
         raise ModelError(f"The adapter in {folder} is of the kind {str(kind)[:100]}; only LORA can be used.")
-    with readable(f"Cannot read {folder / _CONFIG}"):
+    with readable(f"Cannot read {folder / CONFIG}"):
         config = LoraConfig.from_pretrained(folder)
     config.inference_mode = True
     config.base_model_name_or_path = None  # peft would compare it with a name that the model does not have

@@ -1,7 +1,8 @@
 """What the configuration of an adapter that comes from elsewhere may say: plain LoRA, in bounded time.
 
 Invariants:
-- What is more than matrices beside the base's is refused, and so is a key that we do not know with a value that does something.
+- What is more than two matrices beside each of the base's (DoRA, biases, whole modules, ...) is refused, and so is a key that we do not
+  know with a value that does something.
 - Numbers are of the sizes that adapters have, so that nothing large is made before the weights are compared.
 - Patterns that take long to match (regular expressions can take for ever) are refused. They are tried in a process of their own,
   which can be ended, on the names that they will be matched with.
@@ -56,7 +57,9 @@ Layer = Annotated[int, Field(ge=0, le=65_536)]
 Word = Annotated[str, Field(max_length=500)]
 
 
-class _Lora(BaseModel):
+class Lora(BaseModel):
+    """What an adapter's configuration says of its matrices."""
+
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
     r: Rank = 8
@@ -70,24 +73,26 @@ class _Lora(BaseModel):
     alpha_pattern: dict[Word, Annotated[float, Field(gt=0, le=1e6)]] = {}
     fan_in_fan_out: bool = False
     use_rslora: bool = False
-    use_dora: bool = False
-    lora_bias: bool = False
 
 
-def check_adapter_config(value: Mapping[str, Any], module_names: Iterable[str], folder: Path) -> None:
-    """Check a parsed `adapter_config.json` for a base with modules of these names. Raises `ModelError`."""
-    for key in sorted(value.keys() - _Lora.model_fields.keys() - _WITHOUT_EFFECT):
+def check_adapter_config(value: Mapping[str, Any], folder: Path) -> Lora:
+    """Check that a parsed `adapter_config.json` is plain LoRA. Raises `ModelError`."""
+    for key in sorted(value.keys() - Lora.model_fields.keys() - _WITHOUT_EFFECT):
         if value[key] not in _PLAIN.get(key, (None, False, [], {}, "")):
             raise ModelError(
-                f"The adapter in {folder} does more than LoRA ({key[:100]}: {str(value[key])[:100]}), which would change the base for "
-                "other adapters too: train it without, or merge it where it was trained and import the whole model."
+                f"The adapter in {folder} does more than LoRA ({key[:100]}: {str(value[key])[:100]}), which cannot be computed beside "
+                "other adapters on one base: train it without, or merge it where it was trained and import the whole model."
             )
     try:
-        lora = _Lora.model_validate({key: given for key, given in value.items() if key in _Lora.model_fields})
+        return Lora.model_validate({key: given for key, given in value.items() if key in Lora.model_fields})
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where, given = ".".join(str(part)[:100] for part in first["loc"]), str(first["input"])[:100]
         raise ModelError(f"The adapter_config.json in {folder} cannot be used: {where}: {first['msg']} (got {given}).") from None
+
+
+def check_adapter_patterns(lora: Lora, module_names: Iterable[str], folder: Path) -> None:
+    """Check how long an adapter's patterns take to match with a base's modules of these names. Raises `ModelError`."""
     patterns = [("whole", one) for one in (lora.target_modules, lora.exclude_modules) if isinstance(one, str) and one != "all-linear"]
     patterns += [("end", one) for one in (*lora.rank_pattern, *lora.alpha_pattern)]
     in_layers = [lora.layers_pattern] if isinstance(lora.layers_pattern, str) else lora.layers_pattern or []

@@ -13,6 +13,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +24,7 @@ from tidepool.errors import BaseMismatchError, ModelError, RegistryError
 from tidepool.inference.engine import Engine, GenerationRequest, Output
 from tidepool.inference.linear import weights_dtype
 from tidepool.inference.paged import PagedEngine
-from tidepool.models import ModelSource, attach_adapter, cache_folder, fetch_model, load_model, load_tokenizer
+from tidepool.models import ModelSource, cache_folder, fetch_model, load_model, load_tokenizer, read_lora
 from tidepool.registry import ModelVersion, Registry
 from tidepool.serving.backend import Call, Chat, ContextLengthError, Frame, Started
 from tidepool.serving.prompts import Prompts, tokens_named
@@ -149,5 +150,5 @@ def load_replica(store_url: str, base: ModelSource, spec: EngineSpec, device: Li
     folder = fetch_model(base, store, cache_folder())
     model = load_model(folder, weights_dtype(spec.weights, device)).to(device)
     tokenizer = load_tokenizer(folder)
-    engine = PagedEngine(model, tokenizer, spec, lambda present, path, name: attach_adapter(present, path, name, base.digest))
+    engine = PagedEngine(model, tokenizer, spec, partial(read_lora, base_digest=base.digest))
     return Replica(engine, tokenizer, base.digest, Registry(store), cache_folder(), engine.context_length)
