@@ -110,7 +110,7 @@ class Grammars:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, parameters: SamplingParameters) -> Future[CompiledGrammar] | None:
-        forms = {"json_schema": parameters.json_schema, "regex": parameters.regex, "lark": parameters.lark}
+        forms = {"json_schema": parameters.json_schema, "regex": parameters.regex, "grammar": parameters.grammar}
         kind, text = next(((kind, text) for kind, text in forms.items() if text is not None), ("", None))
         if text is None:
             return None
@@ -182,7 +182,7 @@ def _patterns(schema: Any) -> Iterator[str]:
 def _grammar(kind: str, text: str) -> str:
     if kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(llguidance.regex_to_lark(text, use_ascii="dws"))
-    if kind == "lark":
+    if kind == "grammar":
         return llguidance.LLMatcher.grammar_from_lark(text)
     try:
         return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)

@@ -50,7 +50,7 @@ class Prompts:
             raise RequestError(
                 f"`strict` can be kept by models that write calls as {_CALL} alone, unless `tool_choice` requires one: leave it out."
             )
-        return replace(sampling, lark=_strict_calls(prompt.tools))
+        return replace(sampling, grammar=_strict_calls(prompt.tools))
 
     def text(self, tokens: tuple[int, ...]) -> str:
         """Without special tokens, as answers have it."""
