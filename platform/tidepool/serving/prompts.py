@@ -78,7 +78,7 @@ class Prompts:
         return tuple(tokens)
 
     def _is_special(self, text: str) -> bool:
-        return self._tokenizer.convert_tokens_to_ids(text) in self._bytes.special
+        return self._tokenizer.get_added_vocab().get(text) in self._bytes.special
 
 
 def _strict_calls(tools: Iterable[Mapping[str, Any]]) -> str:
