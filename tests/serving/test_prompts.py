@@ -48,12 +48,5 @@ def test_templates_get_the_arguments_of_calls_as_objects() -> None:
     turns = (Message("assistant", "", (ToolCall("c1", "f", {"a": 1}),)), Message("tool", "2", tool_call_id="c1", name="f"))
     assert Prompts(tokenizer).tokens(Chat(turns)) == (1,)
     call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
-    assert seen == [
-        (
-            [
-                {"role": "assistant", "content": "", "tool_calls": [call]},
-                {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "f"},
-            ],
-            None,
-        )
-    ]
+    made = {"role": "assistant", "content": "", "tool_calls": [call]}
+    assert seen == [([made, {"role": "tool", "content": "2", "tool_call_id": "c1", "name": "f"}], None)]
