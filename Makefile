@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LM_EVAL := .tidepool/lm-eval
 export PYTHONPATH := $(CURDIR):$(CURDIR)/platform
 export TIDEPOOL_STORE ?= file://$(CURDIR)/.tidepool/demo/store
 
@@ -26,9 +27,12 @@ test: setup
 	@$(BIN)/python -m pytest -m "not long"
 
 # What `make test` has no time for: training scripts as people write them, each killed three times, and one as a job; damaged imports;
-# a cluster that asks for a token.
-test-slow: setup
+# a cluster that asks for a token; 10,000 requests that schemathesis makes up; lm-evaluation-harness.
+test-slow: setup $(LM_EVAL)/.complete
 	@$(BIN)/python -m pytest -m long
+
+$(LM_EVAL)/.complete: tests/serving/lm_eval_environment.sh requirements.lock | setup
+	@sh tests/serving/lm_eval_environment.sh $(LM_EVAL) $(BIN)/python
 
 # The same tests on a real Ceph RGW, which is installed from Debian's packages and started for them (root only).
 test-s3: setup

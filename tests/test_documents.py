@@ -69,7 +69,7 @@ def test_make_targets_exist(path: Path) -> None:
 
 def test_the_structure_page_names_every_module_and_no_other() -> None:
     named, package = set(), ""
-    for first, module in re.findall(r"^\| (?:`(\w+)`)? ?\| (?:`(\w+)`)? ?\|", STRUCTURE, re.MULTILINE):
+    for first, module in re.findall(r"^\| (?:`([\w/]+)`)? ?\| (?:`(\w+)`)? ?\|", STRUCTURE, re.MULTILINE):
         package = first or package
         if module:
             named.add(f"{module}.py" if package == "tidepool" else f"{package}/{module}.py")

@@ -55,6 +55,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"prompt_logprobs": 21}, "prompt_logprobs is 21"),
     ({"stop": ("a", "")}, "stop string is empty"),
     ({"json_schema": "{}", "regex": "a"}, "one of them"),
+    ({"grammar": "start: /a/", "regex": "a"}, "one of them"),
 ]
 
 

@@ -28,13 +28,19 @@ def backend() -> FakeBackend:
 
 
 @pytest.fixture(scope="module")
+def client(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, headers={"content-type": "application/json"}) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
 def url(backend: FakeBackend) -> Iterator[str]:
     with served(gateway_of(backend, GatewaySpec(max_body_bytes=10_000, timeout_s=1.0)), log_level="error") as url:
         yield url
 
 
-def post(url: str, path: str, content: bytes) -> Any:
-    response = httpx.post(url + path, content=content, headers={"content-type": "application/json"})
+def post(client: httpx.Client, path: str, content: bytes) -> Any:
+    response = client.post(path, content=content)
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error"
     assert set(error) == {"message", "type", "param", "code"}
@@ -57,14 +63,14 @@ def post(url: str, path: str, content: bytes) -> Any:
         b"[" * 5000,
     ],
 )
-def test_what_is_no_json_object_in_utf8(url: str, backend: FakeBackend, path: str, content: bytes) -> None:
-    assert post(url, path, content) == (400, "invalid_json", None)
+def test_what_is_no_json_object_in_utf8(client: httpx.Client, backend: FakeBackend, path: str, content: bytes) -> None:
+    assert post(client, path, content) == (400, "invalid_json", None)
     assert backend.calls == []
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_huge_bodies(url: str, backend: FakeBackend, path: str) -> None:
-    assert post(url, path, json.dumps(MINIMAL[path] | {"user": "x" * 10_000}).encode())[:2] == (413, "body_too_large")
+def test_huge_bodies(client: httpx.Client, backend: FakeBackend, path: str) -> None:
+    assert post(client, path, json.dumps(MINIMAL[path] | {"user": "x" * 10_000}).encode())[:2] == (413, "body_too_large")
     assert backend.calls == []
 
 
@@ -91,11 +97,11 @@ NUMBERS: list[tuple[str, str, str]] = [
 
 
 @pytest.mark.parametrize("path", sorted({path for path, _, _ in NUMBERS}))
-def test_numbers_that_are_none_or_out_of_range_are_refused_by_name(url: str, backend: FakeBackend, path: str) -> None:
+def test_numbers_that_are_none_or_out_of_range_are_refused_by_name(client: httpx.Client, backend: FakeBackend, path: str) -> None:
     for one, field, number in NUMBERS:
         if one == path:
             content = json.dumps(MINIMAL[path])[:-1] + f', "{field}": {number}}}'
-            status, code, param = post(url, path, content.encode())
+            status, code, param = post(client, path, content.encode())
             assert (status, code, param) == (400, "invalid_value", field), (field, number)
     assert backend.calls == []
 
@@ -120,8 +126,8 @@ def test_numbers_that_are_none_or_out_of_range_are_refused_by_name(url: str, bac
         ("/tokenize", "add_special_tokens", False),
     ],
 )
-def test_what_is_not_served_is_refused_by_name(url: str, path: str, field: str, value: Any) -> None:
-    status, code, param = post(url, path, json.dumps(MINIMAL[path] | {field: value}).encode())
+def test_what_is_not_served_is_refused_by_name(client: httpx.Client, path: str, field: str, value: Any) -> None:
+    status, code, param = post(client, path, json.dumps(MINIMAL[path] | {field: value}).encode())
     assert (status, param) == (400, field)
     assert code in ("unsupported_value", "unknown_field", "invalid_value")
 

@@ -13,9 +13,10 @@ from fastapi import FastAPI
 from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
 from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryError, RequestError, StoreUnreachableError
 from tidepool.inference.engine import Output
+from tidepool.inference.log_probabilities import TokenLogprobs
 from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.registry import ModelVersion
-from tidepool.serving.backend import Chat, ContextLengthError, Message, Started
+from tidepool.serving.backend import Call, Chat, ContextLengthError, Message, Spelling, Started
 from tidepool.serving.gateway import build_gateway
 from tidepool.serving.resolver import Resolver
 from tidepool.specs import GatewaySpec
@@ -283,5 +284,118 @@ def test_a_client_that_reads_no_more_and_leaves_cancels_its_request() -> None:
         scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
         await asyncio.wait_for(gateway(backend)(scope, receive, send), 10)
         assert backend.closed == [backend.calls[0].request_id]
+
+    asyncio.run(run())
+
+
+# --- Several answers and several prompts -----------------------------------------------------------------------------
+
+
+def logprobs_of(token: int, logprob: float = -0.5) -> TokenLogprobs:
+    return TokenLogprobs(token, logprob, ((token, logprob), (9, -3.0)))
+
+
+def test_the_prompts_log_probabilities_come_first_in_each_answer_whichever_answer_comes_first() -> None:
+    spelled = Spelling({1: b"Hi", 2: b" \xe2\x82", 3: b"\xac", 4: b"<end>", 9: b"?"}, special=frozenset([4]))
+    frames = [
+        Started(2, (4, 1), "Hi"),
+        spelled,
+        Output((2,), "", None, 1, (logprobs_of(2),)),
+        Output((3,), " €", "stop", 1, (logprobs_of(3),)),
+        Output((9,), "?", "length", 0, (logprobs_of(9),), (None, logprobs_of(1, -0.25))),
+    ]
+    body = {"model": "tides", "prompt": "Hi", "n": 2, "echo": True, "logprobs": 2}
+    answer = ask(FakeBackend(*frames), "POST", "/v1/completions", json=body).json()
+    first, second = answer["choices"]
+    assert (first["text"], first["finish_reason"], second["text"], second["finish_reason"]) == ("Hi?", "length", "Hi €", "stop")
+    assert second["logprobs"] == {
+        "tokens": ["<end>", "Hi", "bytes:\\x20\\xe2\\x82", "bytes:\\xac"],
+        "token_logprobs": [None, -0.25, -0.5, -0.5],
+        "top_logprobs": [None, {"Hi": -0.25, "?": -3.0}, {"bytes:\\x20\\xe2\\x82": -0.5, "?": -3.0}, {"bytes:\\xac": -0.5, "?": -3.0}],
+        "text_offset": [0, 0, 2, 3],
+    }
+    assert first["logprobs"]["tokens"] == ["<end>", "Hi", "?"]
+    assert answer["usage"] == {"prompt_tokens": 2, "completion_tokens": 3, "total_tokens": 5}
+
+    *chunks, done = events(ask(FakeBackend(*frames), "POST", "/v1/completions", json=body | {"stream": True}))
+    assert done == "data: [DONE]"
+    parts = [chunk["choices"][0] for chunk in chunks]
+    for choice in (first, second):
+        own = [part for part in parts if part["index"] == choice["index"]]
+        assert "".join(part["text"] for part in own) == choice["text"]
+        assert [name for part in own if part["logprobs"] for name in part["logprobs"]["tokens"]] == choice["logprobs"]["tokens"]
+        assert [part["finish_reason"] for part in own][-1] == choice["finish_reason"]
+
+
+class ByPrompt(FakeBackend):
+    """Answers each prompt with frames of its own."""
+
+    def __init__(self, **frames: list[Any]) -> None:
+        super().__init__()
+        self._of_prompt = frames
+
+    async def generate(self, call: Call) -> Any:
+        stand_in = FakeBackend(*self._of_prompt[str(call.prompt)])
+        self.calls.append(call)
+        try:
+            async for frame in stand_in.generate(call):
+                yield frame
+        finally:
+            self.closed.append(call.request_id)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_prompt_that_fails_ends_the_others(stream: bool) -> None:
+    backend = ByPrompt(good=[Started(1), Output((1,), "a"), asyncio.Event()], bad=[RequestError("bad token")], never=[asyncio.Event()])
+    body = {"model": "tides", "prompt": ["good", "bad", "never"], "stream": stream}
+    response = ask(backend, "POST", "/v1/completions", json=body)
+    assert (response.status_code, response.json()["error"]["message"]) == (400, "bad token")
+    assert sorted(backend.closed) == sorted(call.request_id for call in backend.calls)
+    assert len(backend.calls) == 3
+
+
+def test_each_answer_ends_at_the_most_that_the_spec_allows_and_its_tokens_are_counted_once() -> None:
+    one, other = ([Output((index,), f"{name}{index}", None, number) for index in range(5)] for number, name in enumerate("ab"))
+    ends = [Output((9,), "!", "stop", number) for number in range(2)]
+    frames = [Started(1), *(frame for pair in zip(one, other, strict=True) for frame in pair), *ends]
+    app = build_gateway(Resolver(lookup, {"tides": full()}, {BASE_DIGEST}, ttl_s=60), FakeBackend(*frames), GatewaySpec(max_new_tokens=3))
+
+    async def run() -> Any:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tidepool") as client:
+            body = {"model": "tides", "messages": [{"role": "user", "content": "hi"}], "n": 2}
+            return (await client.post("/v1/chat/completions", json=body)).json()
+
+    answer = asyncio.run(run())
+    told = [(choice["message"]["content"], choice["finish_reason"]) for choice in answer["choices"]]
+    assert told == [("a0a1a2", "length"), ("b0b1b2", "length")]
+    assert answer["usage"]["completion_tokens"] == 6
+
+
+# --- Readiness -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("frames", "status"),
+    [([Started(0)], 200), ([EngineBusyError("full")], 200), ([ClusterError("gone")], 503), ([ModelError("broken")], 503)],
+)
+def test_a_gateway_is_ready_when_its_replicas_answer(frames: list[Any], status: int) -> None:
+    backend = FakeBackend(*frames)
+    assert ask(backend, "GET", "/ready").status_code == status
+    assert [(call.base_digest, call.task, call.prompt) for call in backend.calls] == [(BASE_DIGEST, "tokenize", "")]
+    assert backend.closed == [backend.calls[0].request_id]
+    assert ask(FakeBackend(ClusterError("gone")), "GET", "/health").status_code == 200
+
+
+def test_those_who_ask_at_one_time_whether_it_is_ready_ask_the_replicas_once() -> None:
+    async def run() -> None:
+        backend = FakeBackend(asyncio.Event(), Started(0))
+        app = gateway(backend)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tidepool") as client:
+            asked = [asyncio.ensure_future(client.get("/ready")) for _ in range(5)]
+            await backend.waiting.wait()
+            (gate,) = [frame for frame in backend.frames if isinstance(frame, asyncio.Event)]
+            gate.set()
+            assert {response.status_code for response in await asyncio.gather(*asked)} == {200}
+            assert len(backend.calls) == 1
 
     asyncio.run(run())

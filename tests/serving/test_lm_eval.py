@@ -4,7 +4,6 @@ import json
 import math
 import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import yaml
 
 from tests.serving.local import LocalModel, gateway_of, served
 
+PYTHON = Path(__file__).resolve().parents[2] / ".tidepool" / "lm-eval" / "bin" / "python"
 DOCS = [
     {"question": "the tide", "choices": [" comes in", " goes out", " holds"], "answer": 0, "text": "the pool keeps what it holds. 🌊"},
     {"question": "and the pool", "choices": [" fills", " empties"], "answer": 1, "text": "the tide goes out and the tide comes in"},
@@ -54,7 +54,7 @@ def evaluate(folder: Path, url: str, batch_size: int) -> dict[str, list[Any]]:
     """The samples of each task, in the order of the documents."""
     output = folder / f"output-{batch_size}"
     where = f"model=tides,base_url={url}/v1/completions,tokenizer={folder / 'tokenizer'},tokenizer_backend=huggingface,max_length=512"
-    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", where]
+    command = [str(PYTHON), "-m", "lm_eval", "--model", "local-completions", "--model_args", where]
     command += ["--tasks", ",".join(f"tidepool_{name}" for name in TASKS), "--include_path", str(folder), "--batch_size", str(batch_size)]
     command += ["--output_path", str(output), "--log_samples"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "hf"), "CUDA_VISIBLE_DEVICES": ""}
@@ -69,6 +69,7 @@ def evaluate(folder: Path, url: str, batch_size: int) -> dict[str, list[Any]]:
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
+@pytest.mark.skipif(not PYTHON.is_file(), reason="lm_eval has an environment of its own: make test-slow makes it")
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_its_log_likelihoods_are_those_of_transformers(tmp_path: Path, batch_size: int) -> None:
     model = LocalModel()

@@ -225,6 +225,32 @@ def test_a_call_that_the_model_chooses_to_make_and_its_result(model: LocalModel,
     assert client.chat.completions.create(messages=answered, **given).choices[0].message.content == "It is high."
 
 
+class GetTide(BaseModel):
+    port: Literal["Brest", "Dover"]
+
+
+def test_a_strict_tools_calls_are_held_to_its_schema_in_the_middle_of_free_text(model: LocalModel, url: str, client: OpenAI) -> None:
+    strict = openai.pydantic_function_tool(GetTide)  # as the client makes it: strict
+    call = '<tool_call>\n{"name": "GetTide", "arguments": {"port":"Paris"}}\n</tool_call> and so'
+    model.say(tokenize(url, messages=CHAT, tools=[strict])["count"], f"Well. {call}")
+    choice: Any = client.chat.completions.parse(model="tides", messages=CHAT, tools=[strict], temperature=0, max_tokens=90).choices[0]
+    (made,) = choice.message.tool_calls
+    assert isinstance(made.function.parsed_arguments, GetTide), "what it was about to say breaks the schema"
+    assert choice.message.content.startswith("Well.")
+    free = {"type": "function", "function": {"name": "GetTide"}}
+    model.say(tokenize(url, messages=CHAT, tools=[free])["count"], f"Well. {call}")
+    unheld: Any = client.chat.completions.create(model="tides", messages=CHAT, tools=[free], temperature=0, max_tokens=90)  # type: ignore[list-item]
+    assert unheld.choices[0].message.tool_calls[0].function.arguments == '{"port": "Paris"}'
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_strict_tool_whose_schema_cannot_be_followed_is_refused_with_a_status(client: OpenAI, stream: bool) -> None:
+    parameters = {"type": "object", "properties": {"a": {"$ref": "#/nowhere"}}}
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": parameters, "strict": True}}
+    with pytest.raises(openai.BadRequestError, match="/nowhere"):
+        client.chat.completions.create(model="tides", messages=CHAT, tools=[tool], stream=stream)
+
+
 def test_only_the_first_call_where_one_alone_is_wanted(model: LocalModel, url: str, client: OpenAI) -> None:
     model.say(tokenize(url, messages=CHAT, tools=[MOON])["count"], '<tool_call>{"name": "get_moon"}</tool_call>' * 2)
     given: Any = {"model": "tides", "messages": CHAT, "tools": [MOON], "temperature": 0}
@@ -251,6 +277,9 @@ def test_tools_that_a_template_has_no_place_for_are_refused(model: LocalModel, c
         model.tokenizer.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
         with pytest.raises(openai.BadRequestError, match="no place for tools"):
             client.chat.completions.create(model="tides", messages=CHAT, tools=[MOON])
+        model.tokenizer.chat_template = before.replace("tool_call>", "call>")
+        with pytest.raises(openai.BadRequestError, match="`strict` can be kept by models that write calls as <tool_call> alone"):
+            client.chat.completions.create(model="tides", messages=CHAT, tools=[openai.pydantic_function_tool(GetTide)])
         assert client.chat.completions.create(model="tides", messages=CHAT, tools=[MOON], tool_choice="none", max_tokens=1).choices
     finally:
         model.tokenizer.chat_template = before

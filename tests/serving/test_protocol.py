@@ -107,7 +107,6 @@ def test_a_value_that_changes_nothing_is_accepted_in_a_completion(field: str, va
         ("audio", {}),
         ("reasoning_effort", "low"),
         ("prediction", {"type": "content"}),
-        ("tools", [{"type": "function", "function": {"name": "f", "strict": True}}]),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(field: str, value: Any) -> None:

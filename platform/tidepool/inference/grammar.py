@@ -1,4 +1,4 @@
-"""Holding an answer to a JSON schema or a regular expression: which tokens may come next, by llguidance.
+"""Holding an answer to a JSON schema, a regular expression or a grammar: which tokens may come next, by llguidance.
 
 A grammar is an automaton over bytes; at each step it tells the tokens whose bytes go on with a text that can still be completed
 (Willard and Louf 2023). Once nothing can follow, only tokens that end the text may.
@@ -41,7 +41,7 @@ _MAX_CACHED = 64
 _TRIAL_CPU_S = 5
 _TRIAL_TIMEOUT_S = 60.0
 _TRIAL_MEMORY_BYTES = 2 * 1024**3
-_JSON_OPTIONS: Any = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": r"[ \t\n\r]{0,16}"}
+JSON_OPTIONS: Any = {"lenient": False, "whitespace_flexible": True, "whitespace_pattern": r"[ \t\n\r]{0,16}"}
 _TRIAL = """
 import resource, sys
 from llguidance import LLMatcher, LLTokenizer
@@ -110,8 +110,8 @@ class Grammars:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _start(self, parameters: SamplingParameters) -> Future[CompiledGrammar] | None:
-        key = ("json_schema", parameters.json_schema) if parameters.json_schema is not None else ("regex", parameters.regex)
-        kind, text = key
+        forms = {"json_schema": parameters.json_schema, "regex": parameters.regex, "grammar": parameters.grammar}
+        kind, text = next(((kind, text) for kind, text in forms.items() if text is not None), ("", None))
         if text is None:
             return None
         with self._lock:
@@ -182,8 +182,10 @@ def _patterns(schema: Any) -> Iterator[str]:
 def _grammar(kind: str, text: str) -> str:
     if kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(llguidance.regex_to_lark(text, use_ascii="dws"))
+    if kind == "grammar":
+        return llguidance.LLMatcher.grammar_from_lark(text)
     try:
-        return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
+        return llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
     except ValueError as error:
         raise RequestError(f"The {kind} cannot be followed: {_reason(str(error))}.") from error
 

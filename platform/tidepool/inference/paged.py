@@ -120,10 +120,10 @@ class PagedEngine:
             self._adapters.touch(request.adapter)
         stream = Stream(request.sampling.n, lambda: self._end(live))
         live = self._live[request.request_id] = _Live(request, weakref.ref(stream))
-        if request.sampling.json_schema is None and request.sampling.regex is None:
-            self._start(live, None)
-        else:
+        if request.sampling.has_grammar:
             self._keep(self._start_with_grammar(live))
+        else:
+            self._start(live, None)
         return stream
 
     def cancel(self, request_id: str) -> None:

@@ -18,7 +18,8 @@ class SamplingParameters:
     """How tokens are chosen. `temperature` 0 takes the most likely one; `seed` makes the draws of a request repeatable.
 
     The defaults leave the model's distribution as it is. `logprobs` and `prompt_logprobs` are numbers of alternatives to tell
-    beside each token, 0 for none, None for no log-probability at all. `json_schema` is the text of a JSON schema. `max_tokens` None: as
+    beside each token, 0 for none, None for no log-probability at all. `json_schema` is the text of a JSON schema, `grammar` that of a
+    grammar in llguidance's form of Lark. `max_tokens` None: as
     many as the context has room for. Special tokens are no part of a text, but for `shown_token_ids`.
     """
 
@@ -39,7 +40,12 @@ class SamplingParameters:
     prompt_logprobs: int | None = None
     json_schema: str | None = None
     regex: str | None = None
+    grammar: str | None = None
     shown_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def has_grammar(self) -> bool:
+        return any(form is not None for form in (self.json_schema, self.regex, self.grammar))
 
     @property
     def has_penalties(self) -> bool:
@@ -48,14 +54,14 @@ class SamplingParameters:
     def check(self, num_tokens: int) -> None:
         """Raises `RequestError` for a value out of range, of a model that has the tokens 0 to `num_tokens` - 1.
 
-        What `json_schema` and `regex` say is checked when they are compiled.
+        What `json_schema`, `regex` and `grammar` say is checked when they are compiled.
         """
         self._check_ranges()
         self._check_tokens(num_tokens)
         if "" in self.stop:
             raise RequestError("A stop string is empty: leave it out.")
-        if self.json_schema is not None and self.regex is not None:
-            raise RequestError("A request asks for a JSON schema and for a regular expression: give one of them.")
+        if sum(form is not None for form in (self.json_schema, self.regex, self.grammar)) > 1:
+            raise RequestError("A request asks for more than one of a JSON schema, a regular expression and a grammar: give one of them.")
 
     def _check_ranges(self) -> None:
         if self.max_tokens is not None and self.max_tokens < 1:

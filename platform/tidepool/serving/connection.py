@@ -21,6 +21,8 @@ from tidepool.specs import GatewaySpec
 
 _LAST_EVENT_TIMEOUT_S = 1.0  # for a client that is too slow to be served, and may be too slow to be told
 
+_to_json = json.JSONEncoder(ensure_ascii=False).encode
+
 T = TypeVar("T")
 
 
@@ -85,7 +87,7 @@ class EventStream(Response):  # type: ignore[misc]  # starlette is skipped by my
 
     async def _send_event(self, send: Send, event: Event) -> None:
         name = f"event: {event['type']}\n" if self._has_named_events else ""
-        text = f"{name}data: {json.dumps(event, ensure_ascii=False)}\n\n"
+        text = f"{name}data: {_to_json(event)}\n\n"
         await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
 
 

@@ -30,7 +30,8 @@ class Exchange:
     def __init__(
         self, backend: Backend, calls: Sequence[Call], answer: Answer, is_prompt_alone: bool, admission: Admission, spec: GatewaySpec
     ) -> None:
-        self._frames = _together([backend.generate(call) for call in calls])
+        streams = [backend.generate(call) for call in calls]
+        self._frames: AsyncGenerator[Frame | tuple[int, Frame], None] = streams[0] if len(streams) == 1 else _together(streams)
         self._num_calls, self._num_open = len(calls), sum(call.sampling.n for call in calls)
         self._is_prompt_alone = is_prompt_alone
         self._admission, self.answer, self.spec = admission, answer, spec
@@ -96,9 +97,10 @@ class Exchange:
 
     async def _next(self) -> tuple[int, Frame]:
         try:
-            return await anext(self._frames)
+            frame = await anext(self._frames)
         except StopAsyncIteration:
             raise _incomplete() from None
+        return frame if isinstance(frame, tuple) else (0, frame)
 
     def _count(self, index: int, frame: Frame) -> Frame | None:
         """A frame as the client may have it; None if nothing is left of it."""
@@ -128,11 +130,6 @@ def _incomplete() -> ClusterError:
 
 async def _together(streams: Sequence[AsyncGenerator[Frame, None]]) -> AsyncGenerator[tuple[int, Frame], None]:
     """The frames of several streams as they come, each with the number of its stream; the first error ends all of them."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]):
-            async for frame in streams[0]:
-                yield 0, frame
-        return
     places = asyncio.Semaphore(_MAX_CALLS_AT_ONCE)
     queue: asyncio.Queue[tuple[int, Frame] | Exception | None] = asyncio.Queue(maxsize=1024)
 

@@ -12,7 +12,6 @@ Adapters are prompted with the base's tokenizer and chat template.
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -26,7 +25,7 @@ from tidepool.inference.linear import weights_dtype
 from tidepool.inference.paged import PagedEngine
 from tidepool.models import ModelSource, cache_folder, fetch_model, load_model, load_tokenizer, read_lora
 from tidepool.registry import ModelVersion, Registry
-from tidepool.serving.backend import Call, Chat, ContextLengthError, Frame, Started
+from tidepool.serving.backend import Call, ContextLengthError, Frame, Started
 from tidepool.serving.prompts import Prompts, tokens_named
 from tidepool.specs import EngineSpec
 from tidepool.storage import open_store, release
@@ -63,10 +62,12 @@ class Replica:
             return
         if call.adapter is not None:
             await self._load_adapter(call.adapter)
-        outputs = self._engine.submit(self._request(call, started.prompt_tokens))
-        has_grammar = call.sampling.json_schema is not None or call.sampling.regex is not None
+        request = self._request(call, started.prompt_tokens)
+        outputs = self._engine.submit(request)
         try:
-            first = [await anext(outputs)] if has_grammar else []  # it is refused, if it is, before the request counts as taken
+            first = (
+                [await anext(outputs)] if request.sampling.has_grammar else []
+            )  # it is refused, if it is, before the request counts as taken
             yield started if call.echo else Started(started.num_prompt_tokens)
             async for output in _chain(first, outputs):
                 if output.logprobs or output.prompt_logprobs:
@@ -92,9 +93,7 @@ class Replica:
         return Started(len(tokens), tokens, text)
 
     def _request(self, call: Call, prompt_tokens: tuple[int, ...]) -> GenerationRequest:
-        sampling = call.sampling
-        if isinstance(call.prompt, Chat) and call.prompt.tools:
-            sampling = replace(sampling, shown_token_ids=self._prompts.tool_token_ids)
+        sampling = self._prompts.sampling(call.prompt, call.sampling)
         adapter = call.adapter.digest if call.adapter else None
         return GenerationRequest(call.request_id, prompt_tokens, sampling, adapter, call.client, call.task == "embed")
 

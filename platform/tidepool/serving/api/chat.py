@@ -165,6 +165,7 @@ class ChatAnswer:
 
     def __init__(self, form: ChatForm, head: Head) -> None:
         self._form, self._head = form, head
+        self._chunk_head = head.of("chat.completion.chunk") | ({"usage": None} if form.include_usage else {})
         self._vocabulary = Vocabulary()
         self._choices = [_Choice(form) for _ in range(form.n)]
 
@@ -186,7 +187,7 @@ class ChatAnswer:
         return chunks + ([self._chunk(frame.answer, {}, None, choice.finish_reason)] if frame.finish_reason is not None else [])
 
     def ending(self, usage: Mapping[str, int]) -> list[Event]:
-        return [self._head.of("chat.completion.chunk") | {"choices": [], "usage": usage}] if self._form.include_usage else []
+        return [{**self._chunk_head, "choices": [], "usage": usage}] if self._form.include_usage else []
 
     def failure(self, problem: Problem) -> Event:
         return problem.body
@@ -208,4 +209,4 @@ class ChatAnswer:
     ) -> Event:
         told = None if logprobs is None else {"content": logprobs, "refusal": None}
         choice = {"index": index, "delta": delta, "logprobs": told, "finish_reason": finish_reason}
-        return self._head.of("chat.completion.chunk") | {"choices": [choice]} | ({"usage": None} if self._form.include_usage else {})
+        return {**self._chunk_head, "choices": [choice]}

@@ -88,6 +88,7 @@ class CompletionAnswer:
 
     def __init__(self, form: CompletionForm, head: Head) -> None:
         self._form, self._head = form, head
+        self._chunk_head = head.of(_OBJECT) | ({"usage": None} if form.include_usage else {})
         self._vocabularies = [Vocabulary() for _ in range(form.num_prompts)]
         self._started: dict[int, Started] = {}
         self._of_prompts: dict[int, tuple[TokenLogprobs | None, ...]] = {}
@@ -134,10 +135,10 @@ class CompletionAnswer:
 
     def _chunk(self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> Event:
         choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self._head.of(_OBJECT) | {"choices": [choice]} | ({"usage": None} if self._form.include_usage else {})
+        return {**self._chunk_head, "choices": [choice]}
 
     def ending(self, usage: Mapping[str, int]) -> list[Event]:
-        return [self._head.of(_OBJECT) | {"choices": [], "usage": usage}] if self._form.include_usage else []
+        return [{**self._chunk_head, "choices": [], "usage": usage}] if self._form.include_usage else []
 
     def failure(self, problem: Problem) -> Event:
         return problem.body

@@ -46,6 +46,13 @@ _ERROR = {
     },
 }
 
+_EVENT = {
+    "type": "object",
+    "description": "Each server-sent event; its data is JSON, or [DONE] at the end of those that have no names",
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+}
+
 
 @cache
 def document() -> dict[str, Any]:
@@ -70,7 +77,7 @@ def document() -> dict[str, Any]:
 def _operation(path: str, summary: str) -> dict[str, Any]:
     answered: dict[str, Any] = {"application/json": {"schema": {"type": "object"}}}
     if path in ("/v1/completions", "/v1/chat/completions", "/v1/responses"):
-        answered["text/event-stream"] = {"schema": {"type": "string"}}
+        answered["text/event-stream"] = {"schema": _EVENT}
     return {
         "summary": summary,
         "security": [] if path in _OPEN else [{}, {"key": []}],

@@ -1,8 +1,8 @@
 """The tools that a request offers, and whether the model must call one.
 
 Where it must (`required`, or a function by its name), the answer is held to the call's JSON schema, so that its name and its arguments
-are valid; it is one call. Where it may (`auto`), it answers in its own way, and calls are found in its text (`tool_calls`): nothing
-holds them to a schema then.
+are valid; it is one call. Where it may (`auto`), it answers in its own way, and calls are found in its text (`tool_calls`); if a function
+is `strict`, the replica holds the calls in the text to the schemas of all.
 """
 
 from typing import Annotated, Any, Literal
@@ -64,7 +64,7 @@ Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 
 
 def check_tools(tools: list[Tool], choice: Any) -> None:
-    """Raises `Refusal` for a choice without its tool, and for what cannot be kept."""
+    """Raises `Refusal` for a choice without its tool, and for two tools of one name."""
     names = [tool.function.name for tool in tools]
     if twice := [name for name in names if names.count(name) > 1]:
         refuse(f"`tools` has {twice[0]} twice: give each function a name of its own.", "tools")
@@ -72,12 +72,6 @@ def check_tools(tools: list[Tool], choice: Any) -> None:
         refuse("`tool_choice` requires a tool, and there is none: give `tools`.", "tool_choice")
     if isinstance(choice, NamedFunction) and choice.name not in names:
         refuse(f"`tool_choice` names the function {choice.name[:64]!r}, which is not among `tools`.", "tool_choice")
-    if choice in (None, "auto") and (strict := [tool.function.name for tool in tools if tool.function.strict]):
-        refuse(
-            f"`strict` of {strict[0]} in `tools` cannot be kept with `tool_choice: auto`: leave it out, or require a call.",
-            "tools",
-            "unsupported_value",
-        )
 
 
 def forced_schema(tools: list[Tool], choice: Any) -> dict[str, Any] | None:
