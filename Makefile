@@ -26,7 +26,7 @@ test: setup
 	@$(BIN)/python -m pytest -m "not long"
 
 # What `make test` has no time for: training scripts as people write them, each killed three times, and one as a job; damaged imports;
-# a cluster that asks for a token.
+# a cluster that asks for a token, and one for certificates.
 test-slow: setup
 	@$(BIN)/python -m pytest -m long
 

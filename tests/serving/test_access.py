@@ -18,7 +18,7 @@ from ray.serve._private.http_util import start_asgi_http_server
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ServeDeploySchema
 
-from tests.certificates import make_certificate
+from tests.certificates import Authority
 from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
 from tests.serving.local import served
 from tidepool.errors import RegistryError, SpecError, StoreUnreachableError
@@ -430,7 +430,7 @@ def test_no_prompt_answer_or_key_is_logged(log: KeyLog, caplog: pytest.LogCaptur
 def test_the_gateway_speaks_tls_as_serves_http_options_say(tmp_path: Path, log: KeyLog) -> None:
     """By the function with which Serve's proxy starts its server, on what stands in `http_options` of a config file."""
     _, secret = log.create("one")
-    certificate = make_certificate(tmp_path)
+    certificate = Authority(tmp_path).issue("gateway")
     value = yaml.safe_load((ROOT / "serve/serve.yaml").read_text())
     value["http_options"] = {
         "host": "127.0.0.1",
@@ -445,7 +445,7 @@ def test_the_gateway_speaks_tls_as_serves_http_options_say(tmp_path: Path, log: 
         while not server.started:
             await asyncio.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        trusting = ssl.create_default_context(cafile=str(certificate.path))
+        trusting = ssl.create_default_context(cafile=str(certificate.authority_path))
         try:
             async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=trusting) as client:
                 response = await client.post("/v1/completions", json=COMPLETION, headers=bearer(secret))
