@@ -13,10 +13,10 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from fastapi import FastAPI
 from ray.serve._private.http_util import start_asgi_http_server
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ServeDeploySchema
+from starlette.applications import Starlette
 
 from tests.certificates import Authority
 from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
@@ -41,7 +41,7 @@ def lookup(ref: str) -> ModelVersion:
     raise RegistryError(f"No version like {ref}.")
 
 
-def gateway(backend: FakeBackend, spec: GatewaySpec | None = None, log: KeyLog | None = None) -> FastAPI:
+def gateway(backend: FakeBackend, spec: GatewaySpec | None = None, log: KeyLog | None = None) -> Starlette:
     """A gateway of `tides` and `bot`; with a log of keys it requires them."""
     resolver = Resolver(lookup, {"tides": full(), "bot": adapter()}, {BASE_DIGEST}, ttl_s=60)
     spec = (spec or GatewaySpec()).model_copy(update={"require_keys": log is not None})
@@ -49,7 +49,7 @@ def gateway(backend: FakeBackend, spec: GatewaySpec | None = None, log: KeyLog |
 
 
 @asynccontextmanager
-async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+async def client_of(app: Starlette) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tidepool") as client:
         yield client
 
@@ -295,7 +295,7 @@ def test_more_tokens_than_are_allowed_are_refused_and_an_open_end_is_cut() -> No
             assert body["usage"]["completion_tokens"] == 3
             assert backend.closed == [backend.calls[0].request_id], "the engine stops"
             streamed = await client.post("/v1/chat/completions", json=chat | {"stream": True})
-            assert '"finish_reason": "length"' in streamed.text
+            assert '"finish_reason":"length"' in streamed.text
             assert streamed.text.endswith("data: [DONE]\n\n")
 
     run(work())

@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
 from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryError, RequestError, StoreUnreachableError
@@ -30,7 +30,7 @@ def lookup(ref: str) -> ModelVersion:
     raise RegistryError(f"No version like {ref}.")
 
 
-def gateway(backend: FakeBackend) -> FastAPI:
+def gateway(backend: FakeBackend) -> Starlette:
     return build_gateway(Resolver(lookup, {"tides": full(), "bot": adapter()}, {BASE_DIGEST}, ttl_s=60), backend)
 
 
@@ -117,6 +117,7 @@ def test_a_streamed_completion_without_usage() -> None:
         (ModelError("secret path"), 503, "server_error", "unavailable", "5"),
         (StoreUnreachableError("secret place"), 503, "server_error", "unavailable", "5"),
         (KeyError("secret"), 500, "server_error", "internal_error", None),
+        (TimeoutError("secret"), 500, "server_error", "internal_error", None),  # somebody else's, not the deadline
     ],
 )
 def test_what_fails_before_the_engine_takes_a_request_has_its_status(
@@ -223,7 +224,7 @@ def test_health_and_unknown_routes() -> None:
 # --- Clients that leave ----------------------------------------------------------------------------------------------
 
 
-async def _call_and_leave(app: FastAPI, body: dict[str, Any], until: Callable[[], Awaitable[Any]]) -> list[dict[str, Any]]:
+async def _call_and_leave(app: Starlette, body: dict[str, Any], until: Callable[[], Awaitable[Any]]) -> list[dict[str, Any]]:
     """Send a request by ASGI and close the connection once `until` returns; returns what was sent to the client."""
     sent: list[dict[str, Any]] = []
     content: list[dict[str, Any]] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]

@@ -16,9 +16,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import Receive
 
 from tidepool.errors import RegistryError
@@ -55,28 +57,27 @@ _PARSERS: dict[str, Callable[[bytes], Ask]] = {
 T = TypeVar("T")
 
 
-def build_gateway(resolver: Resolver, backend: Backend, spec: GatewaySpec | None = None, keys: KeyRing | None = None) -> FastAPI:
+def build_gateway(resolver: Resolver, backend: Backend, spec: GatewaySpec | None = None, keys: KeyRing | None = None) -> Starlette:
     """The ASGI application. `keys` is needed where the spec requires keys."""
-    app = FastAPI(title="Tidepool", docs_url=None, redoc_url=None, openapi_url=None)
     spec = spec or GatewaySpec()
     gateway = _Gateway(resolver, backend, spec, Access(spec, keys))
-    app.add_api_route("/health", _health, methods=["GET"])
-    app.add_api_route("/ready", gateway.ready, methods=["GET"])
-    app.add_api_route("/openapi.json", _openapi, methods=["GET"])
-    app.add_api_route("/v1/models", gateway.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name}", gateway.model, methods=["GET"])
-    for path, parse in _PARSERS.items():
-        app.add_api_route(path, gateway.answering(parse), methods=["POST"], response_model=None)
-    app.add_api_route("/admin/keys", gateway.keys, methods=["GET"])
-    app.add_exception_handler(HTTPException, _unknown_route)
-    return app
+    routes = [
+        Route("/health", _health),
+        Route("/ready", gateway.ready),
+        Route("/openapi.json", _openapi),
+        Route("/v1/models", gateway.models),
+        Route("/v1/models/{name}", gateway.model),
+        *(Route(path, gateway.answering(parse), methods=["POST"]) for path, parse in _PARSERS.items()),
+        Route("/admin/keys", gateway.keys),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _unknown_route})
 
 
-async def _health() -> Response:
+async def _health(_: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def _openapi() -> Response:
+async def _openapi(_: Request) -> Response:
     return JSONResponse(document())
 
 
@@ -91,7 +92,7 @@ class _Gateway:
         self._resolver, self._backend, self._spec, self._access = resolver, backend, spec, access
         self._readiness = Readiness(resolver, backend)
 
-    async def ready(self) -> Response:
+    async def ready(self, _: Request) -> Response:
         if await self._readiness.is_ready():
             return JSONResponse({"status": "ready"})
         problem = Problem(503, "Not every model has a replica that answers yet: ask again.", "not_ready", retry_after_s=_READY_RETRY_S)
@@ -105,8 +106,9 @@ class _Gateway:
 
         return await _answered(work())
 
-    async def model(self, request: Request, name: str) -> Response:
+    async def model(self, request: Request) -> Response:
         async def work() -> Response:
+            name = request.path_params["name"]
             return JSONResponse(describe(name, await self._resolve(await self._identify(request), name)))
 
         return await _answered(work())
