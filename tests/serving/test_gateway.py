@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,8 +16,11 @@ from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryE
 from tidepool.inference.engine import Output
 from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.registry import ModelVersion
+from tidepool.serving import gateway as gateway_module
+from tidepool.serving.api.ask import Ask
 from tidepool.serving.backend import Chat, ContextLengthError, Message, Started
 from tidepool.serving.gateway import build_gateway
+from tidepool.serving.problem import Problem, Refusal
 from tidepool.serving.resolver import Resolver
 from tidepool.specs import GatewaySpec
 
@@ -219,6 +223,29 @@ def test_health_and_unknown_routes() -> None:
         response = ask(FakeBackend(), method, path)
         assert response.status_code == status
         assert "/v1/chat/completions" in response.json()["error"]["message"]
+
+
+def test_a_large_body_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_parsing, others_are_answered = threading.Event(), threading.Event()
+    was_in_time = []
+
+    def parse(_: bytes) -> Ask:
+        is_parsing.set()
+        was_in_time.append(others_are_answered.wait(10))
+        raise Refusal(Problem(400, "No.", "invalid_json"))
+
+    monkeypatch.setitem(gateway_module._PARSERS, "/v1/completions", parse)
+
+    async def run() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway(FakeBackend())), base_url="http://tidepool") as client:
+            large = asyncio.create_task(client.post("/v1/completions", content=b" " * 100_000))
+            while not is_parsing.is_set():
+                await asyncio.sleep(0)
+            assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+            others_are_answered.set()
+            return (await large).status_code
+
+    assert (asyncio.run(run()), was_in_time) == (400, [True])
 
 
 # --- Clients that leave ----------------------------------------------------------------------------------------------

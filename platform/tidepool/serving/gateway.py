@@ -46,6 +46,7 @@ from tidepool.specs import GatewaySpec
 
 _CLIENT_LEFT = 499  # nobody reads it but a log
 _READY_RETRY_S = 5
+_LARGE_BODY_BYTES = 65_536
 _PARSERS: dict[str, Callable[[bytes], Ask]] = {
     "/v1/completions": parse_completion,
     "/v1/chat/completions": parse_chat,
@@ -133,7 +134,7 @@ class _Gateway:
         key = await self._identify(request)
         with ExitStack() as until_streamed:
             admission = until_streamed.enter_context(self._access.enter(key))
-            ask = parse(await read_body(request, self._spec, deadline))
+            ask = await _parsed(parse, await read_body(request, self._spec, deadline))
             self._check_max_tokens(ask)
             version = await self._resolve(key, ask.model)
             head = Head(f"{ask.form.prefix}-{uuid.uuid4().hex}", int(time.time()), ask.model, fingerprint(version))
@@ -170,6 +171,11 @@ class _Gateway:
         if limit is not None and asked is not None and asked > limit:
             message = f"At most {limit} tokens may be asked for here, not {asked}."
             raise Refusal(Problem(400, message, "max_tokens_too_large", "max_tokens"))
+
+
+async def _parsed(parse: Callable[[bytes], Ask], body: bytes) -> Ask:
+    """A large body in a thread: it can take a second, in which all other streams would stand still."""
+    return parse(body) if len(body) <= _LARGE_BODY_BYTES else await asyncio.to_thread(parse, body)
 
 
 async def _answered(work: Awaitable[Response]) -> Response:
