@@ -76,5 +76,5 @@ def test_what_is_odd_is_told(capsys: Captured, command: list[str], message: str)
 def test_a_limit_is_a_count(capsys: Captured, value: str) -> None:
     with pytest.raises(SystemExit):
         main(["keys", "create", "ci", f"--tokens-per-minute={value}"])
-    assert "argument --tokens-per-minute: invalid" in capsys.readouterr().err
+    assert f"argument --tokens-per-minute: invalid limit '{value}': give a whole number of at least 1" in capsys.readouterr().err
     assert said(capsys, "list")[0].startswith("There are no keys")

@@ -68,7 +68,6 @@ def _limits(limits: Limits) -> str:
 
 
 def _at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(text)
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"invalid limit {text!r}: give a whole number of at least 1")
+    return int(text)

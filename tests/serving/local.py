@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from tests.serving.fakes import BASE_DIGEST, adapter, full
 from tests.serving.models import CONFIG, TEXT
@@ -84,13 +84,13 @@ def lookup(ref: str) -> ModelVersion:
     raise RegistryError(f"No {ref}.")
 
 
-def gateway_of(backend: Backend, spec: GatewaySpec | None = None) -> FastAPI:
+def gateway_of(backend: Backend, spec: GatewaySpec | None = None) -> Starlette:
     """The base `tides` and an adapter `bot` by one backend."""
     return build_gateway(Resolver(lookup, {"tides": full(), "bot": adapter()}, {BASE_DIGEST}, ttl_s=60), backend, spec)
 
 
 @contextmanager
-def served(app: FastAPI, **options: Any) -> Iterator[str]:
+def served(app: Starlette, **options: Any) -> Iterator[str]:
     """An application behind a real HTTP server on loopback."""
     server = uvicorn.Server(uvicorn.Config(app, lifespan="off", **options))
     with socket.socket() as listener:

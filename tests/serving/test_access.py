@@ -13,12 +13,12 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from fastapi import FastAPI
 from ray.serve._private.http_util import start_asgi_http_server
 from ray.serve.config import HTTPOptions
 from ray.serve.schema import ServeDeploySchema
+from starlette.applications import Starlette
 
-from tests.certificates import make_certificate
+from tests.certificates import Authority
 from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
 from tests.serving.local import served
 from tidepool.errors import RegistryError, SpecError, StoreUnreachableError
@@ -41,7 +41,7 @@ def lookup(ref: str) -> ModelVersion:
     raise RegistryError(f"No version like {ref}.")
 
 
-def gateway(backend: FakeBackend, spec: GatewaySpec | None = None, log: KeyLog | None = None) -> FastAPI:
+def gateway(backend: FakeBackend, spec: GatewaySpec | None = None, log: KeyLog | None = None) -> Starlette:
     """A gateway of `tides` and `bot`; with a log of keys it requires them."""
     resolver = Resolver(lookup, {"tides": full(), "bot": adapter()}, {BASE_DIGEST}, ttl_s=60)
     spec = (spec or GatewaySpec()).model_copy(update={"require_keys": log is not None})
@@ -49,7 +49,7 @@ def gateway(backend: FakeBackend, spec: GatewaySpec | None = None, log: KeyLog |
 
 
 @asynccontextmanager
-async def client_of(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
+async def client_of(app: Starlette) -> AsyncIterator[httpx.AsyncClient]:
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tidepool") as client:
         yield client
 
@@ -295,7 +295,7 @@ def test_more_tokens_than_are_allowed_are_refused_and_an_open_end_is_cut() -> No
             assert body["usage"]["completion_tokens"] == 3
             assert backend.closed == [backend.calls[0].request_id], "the engine stops"
             streamed = await client.post("/v1/chat/completions", json=chat | {"stream": True})
-            assert '"finish_reason": "length"' in streamed.text
+            assert '"finish_reason":"length"' in streamed.text
             assert streamed.text.endswith("data: [DONE]\n\n")
 
     run(work())
@@ -430,7 +430,7 @@ def test_no_prompt_answer_or_key_is_logged(log: KeyLog, caplog: pytest.LogCaptur
 def test_the_gateway_speaks_tls_as_serves_http_options_say(tmp_path: Path, log: KeyLog) -> None:
     """By the function with which Serve's proxy starts its server, on what stands in `http_options` of a config file."""
     _, secret = log.create("one")
-    certificate = make_certificate(tmp_path)
+    certificate = Authority(tmp_path).issue("gateway")
     value = yaml.safe_load((ROOT / "serve/serve.yaml").read_text())
     value["http_options"] = {
         "host": "127.0.0.1",
@@ -445,7 +445,7 @@ def test_the_gateway_speaks_tls_as_serves_http_options_say(tmp_path: Path, log: 
         while not server.started:
             await asyncio.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        trusting = ssl.create_default_context(cafile=str(certificate.path))
+        trusting = ssl.create_default_context(cafile=str(certificate.authority_path))
         try:
             async with httpx.AsyncClient(base_url=f"https://127.0.0.1:{port}", verify=trusting) as client:
                 response = await client.post("/v1/completions", json=COMPLETION, headers=bearer(secret))

@@ -3,12 +3,13 @@
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
 from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryError, RequestError, StoreUnreachableError
@@ -16,8 +17,11 @@ from tidepool.inference.engine import Output
 from tidepool.inference.log_probabilities import TokenLogprobs
 from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.registry import ModelVersion
+from tidepool.serving import gateway as gateway_module
+from tidepool.serving.api.ask import Ask
 from tidepool.serving.backend import Call, Chat, ContextLengthError, Message, Spelling, Started
 from tidepool.serving.gateway import build_gateway
+from tidepool.serving.problem import Problem, Refusal
 from tidepool.serving.resolver import Resolver
 from tidepool.specs import GatewaySpec
 
@@ -31,7 +35,7 @@ def lookup(ref: str) -> ModelVersion:
     raise RegistryError(f"No version like {ref}.")
 
 
-def gateway(backend: FakeBackend) -> FastAPI:
+def gateway(backend: FakeBackend) -> Starlette:
     return build_gateway(Resolver(lookup, {"tides": full(), "bot": adapter()}, {BASE_DIGEST}, ttl_s=60), backend)
 
 
@@ -118,6 +122,7 @@ def test_a_streamed_completion_without_usage() -> None:
         (ModelError("secret path"), 503, "server_error", "unavailable", "5"),
         (StoreUnreachableError("secret place"), 503, "server_error", "unavailable", "5"),
         (KeyError("secret"), 500, "server_error", "internal_error", None),
+        (TimeoutError("secret"), 500, "server_error", "internal_error", None),  # somebody else's, not the deadline
     ],
 )
 def test_what_fails_before_the_engine_takes_a_request_has_its_status(
@@ -221,10 +226,33 @@ def test_health_and_unknown_routes() -> None:
         assert "/v1/chat/completions" in response.json()["error"]["message"]
 
 
+def test_a_large_body_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_parsing, others_are_answered = threading.Event(), threading.Event()
+    was_in_time = []
+
+    def parse(_: bytes) -> Ask:
+        is_parsing.set()
+        was_in_time.append(others_are_answered.wait(10))
+        raise Refusal(Problem(400, "No.", "invalid_json"))
+
+    monkeypatch.setitem(gateway_module._PARSERS, "/v1/completions", parse)
+
+    async def run() -> int:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(gateway(FakeBackend())), base_url="http://tidepool") as client:
+            large = asyncio.create_task(client.post("/v1/completions", content=b" " * 100_000))
+            while not is_parsing.is_set():
+                await asyncio.sleep(0)
+            assert (await client.post("/v1/chat/completions", json=CHAT)).status_code == 200
+            others_are_answered.set()
+            return (await large).status_code
+
+    assert (asyncio.run(run()), was_in_time) == (400, [True])
+
+
 # --- Clients that leave ----------------------------------------------------------------------------------------------
 
 
-async def _call_and_leave(app: FastAPI, body: dict[str, Any], until: Callable[[], Awaitable[Any]]) -> list[dict[str, Any]]:
+async def _call_and_leave(app: Starlette, body: dict[str, Any], until: Callable[[], Awaitable[Any]]) -> list[dict[str, Any]]:
     """Send a request by ASGI and close the connection once `until` returns; returns what was sent to the client."""
     sent: list[dict[str, Any]] = []
     content: list[dict[str, Any]] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]

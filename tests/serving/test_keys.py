@@ -3,7 +3,9 @@
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from tidepool.errors import ApiKeyError, ClusterError, StoreUnreachableError
 from tidepool.serving.keys import ApiKey, KeyLog, KeyRing
 from tidepool.serving.limits import Limits
-from tidepool.storage import LogEntry, open_store, put_json
+from tidepool.storage import LogEntry, append, open_store, put_json
 
 
 @pytest.fixture
@@ -162,6 +164,33 @@ def test_keys_go_on_for_a_while_when_the_store_is_away_and_then_nobody_comes_in(
     run(work())
 
 
+def test_of_two_revocations_the_first_one_counts(log: KeyLog, store_url: str) -> None:
+    key, _ = log.create("one")
+    revoked = log.revoke(key.id)
+    append(open_store(store_url), "keys/", {"event": "revoked", "id": key.id, "revoked_at": "later"})  # by who asked at the same time
+    assert log.all() == [revoked]
+
+
+def test_requests_that_fill_all_threads_hold_up_no_revocation(log: KeyLog) -> None:
+    async def work() -> None:
+        key, secret = log.create("one")
+        hands = Hands(log.read_after)
+        assert await hands.ring.find(secret) == key
+        log.revoke(key.id)
+        answered = threading.Event()
+        with ThreadPoolExecutor(2) as lookups:
+            asyncio.get_running_loop().set_default_executor(lookups)
+            waiting = [asyncio.create_task(asyncio.to_thread(answered.wait, 20)) for _ in range(4)]
+            try:
+                await asyncio.wait_for(hands.next_refresh(), 10)
+                assert hands.ring.is_revoked(key)
+            finally:
+                answered.set()
+                await asyncio.gather(*waiting)
+
+    run(work())
+
+
 def test_a_gateway_that_never_read_the_keys_lets_nobody_in(log: KeyLog) -> None:
     async def work() -> None:
         key, secret = log.create("one")
@@ -181,6 +210,7 @@ DAMAGES: dict[str, dict[str, Any]] = {
     "no event": {},
     "the revocation of a key that is not there": {"event": "revoked", "id": "x", "revoked_at": "now"},
     "a key without a hash": {"event": "created", "id": "x"},
+    "a key once more, with other limits": {},
 }
 
 
@@ -190,7 +220,8 @@ def test_a_damaged_log_is_no_log(damage: str, log: KeyLog, store_url: str) -> No
         key, secret = log.create("one")
         hands = Hands(log.read_after, max_age_s=1.5)
         assert await hands.ring.find(secret) == key
-        put_json(open_store(store_url), "keys/2.json", DAMAGES[damage])
+        again = open_store(store_url).get("keys/1.json") if damage.startswith("a key once more") else None
+        put_json(open_store(store_url), "keys/2.json", json.loads(again) | {"limits": {}} if again else DAMAGES[damage])
         with pytest.raises(ApiKeyError, match=r"keys/2.json cannot be understood"):
             log.all()
         await hands.next_refresh()

@@ -4,14 +4,13 @@ Invariants: work for a client that leaves, or whose time is over, is cancelled; 
 """
 
 import asyncio
-import json
 from collections.abc import Awaitable
 from contextlib import suppress
 from typing import TypeVar
 
-from fastapi import Request
-from fastapi.responses import Response
-from starlette.requests import ClientDisconnect
+from pydantic_core import to_json
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from tidepool.serving.api.ask import Event
@@ -20,8 +19,6 @@ from tidepool.serving.problem import Problem, Refusal, problem_of
 from tidepool.specs import GatewaySpec
 
 _LAST_EVENT_TIMEOUT_S = 1.0  # for a client that is too slow to be served, and may be too slow to be told
-
-_to_json = json.JSONEncoder(ensure_ascii=False).encode
 
 T = TypeVar("T")
 
@@ -69,8 +66,8 @@ class EventStream(Response):  # type: ignore[misc]  # starlette is skipped by my
         except DeadlineError:
             with suppress(TimeoutError):
                 async with asyncio.timeout(_LAST_EVENT_TIMEOUT_S):
-                    await self._send_event(send, self._exchange.answer.failure(too_late(self._exchange.spec)))
-                    await send({"type": "http.response.body", "body": b"", "more_body": False})
+                    failure = self._exchange.answer.failure(too_late(self._exchange.spec))
+                    await send({"type": "http.response.body", "body": self._event(failure), "more_body": False})
         finally:
             await self._exchange.close()
 
@@ -78,17 +75,15 @@ class EventStream(Response):  # type: ignore[misc]  # starlette is skipped by my
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         try:
             async for event in self._exchange.events():
-                await self._send_event(send, event)
-            if not self._has_named_events:
-                await send({"type": "http.response.body", "body": b"data: [DONE]\n\n", "more_body": True})
+                await send({"type": "http.response.body", "body": self._event(event), "more_body": True})
+            last = b"" if self._has_named_events else b"data: [DONE]\n\n"
         except Exception as error:  # noqa: BLE001  the status is sent: the client must still learn what happened
-            await self._send_event(send, self._exchange.answer.failure(problem_of(error)))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            last = self._event(self._exchange.answer.failure(problem_of(error)))
+        await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _send_event(self, send: Send, event: Event) -> None:
-        name = f"event: {event['type']}\n" if self._has_named_events else ""
-        text = f"{name}data: {_to_json(event)}\n\n"
-        await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+    def _event(self, event: Event) -> bytes:
+        name = f"event: {event['type']}\n".encode() if self._has_named_events else b""
+        return name + b"data: " + to_json(event) + b"\n\n"
 
 
 def too_late(spec: GatewaySpec) -> Problem:
@@ -100,17 +95,24 @@ async def while_connected(receive: Receive, work: Awaitable[T], deadline: float)
     """Do the work, unless the client leaves first or the loop's time comes to `deadline`: then it is cancelled, and
     `ClientLeftError` or `DeadlineError` raised.
     """
-    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    limit = asyncio.timeout_at(deadline)
+
+    def end(_: object) -> None:
+        if not limit.expired():
+            limit.reschedule(0.0)
+
+    gone = asyncio.create_task(_disconnected(receive))
+    gone.add_done_callback(end)
     try:
-        left_s = max(0.0, deadline - asyncio.get_running_loop().time())
-        await asyncio.wait({task, gone}, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientLeftError if gone.done() else DeadlineError
-        return task.result()
+        async with limit:
+            return await work
+    except TimeoutError:
+        if not limit.expired():
+            raise  # the work's own
+        raise (ClientLeftError if gone.done() else DeadlineError) from None
     finally:
-        task.cancel()
+        gone.remove_done_callback(end)
         gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _disconnected(receive: Receive) -> None:

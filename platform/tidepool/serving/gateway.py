@@ -16,9 +16,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from typing import TypeVar
 
-from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 from starlette.types import Receive
 
 from tidepool.errors import RegistryError
@@ -44,6 +46,7 @@ from tidepool.specs import GatewaySpec
 
 _CLIENT_LEFT = 499  # nobody reads it but a log
 _READY_RETRY_S = 5
+_LARGE_BODY_BYTES = 65_536
 _PARSERS: dict[str, Callable[[bytes], Ask]] = {
     "/v1/completions": parse_completion,
     "/v1/chat/completions": parse_chat,
@@ -55,28 +58,27 @@ _PARSERS: dict[str, Callable[[bytes], Ask]] = {
 T = TypeVar("T")
 
 
-def build_gateway(resolver: Resolver, backend: Backend, spec: GatewaySpec | None = None, keys: KeyRing | None = None) -> FastAPI:
+def build_gateway(resolver: Resolver, backend: Backend, spec: GatewaySpec | None = None, keys: KeyRing | None = None) -> Starlette:
     """The ASGI application. `keys` is needed where the spec requires keys."""
-    app = FastAPI(title="Tidepool", docs_url=None, redoc_url=None, openapi_url=None)
     spec = spec or GatewaySpec()
     gateway = _Gateway(resolver, backend, spec, Access(spec, keys))
-    app.add_api_route("/health", _health, methods=["GET"])
-    app.add_api_route("/ready", gateway.ready, methods=["GET"])
-    app.add_api_route("/openapi.json", _openapi, methods=["GET"])
-    app.add_api_route("/v1/models", gateway.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name}", gateway.model, methods=["GET"])
-    for path, parse in _PARSERS.items():
-        app.add_api_route(path, gateway.answering(parse), methods=["POST"], response_model=None)
-    app.add_api_route("/admin/keys", gateway.keys, methods=["GET"])
-    app.add_exception_handler(HTTPException, _unknown_route)
-    return app
+    routes = [
+        Route("/health", _health),
+        Route("/ready", gateway.ready),
+        Route("/openapi.json", _openapi),
+        Route("/v1/models", gateway.models),
+        Route("/v1/models/{name}", gateway.model),
+        *(Route(path, gateway.answering(parse), methods=["POST"]) for path, parse in _PARSERS.items()),
+        Route("/admin/keys", gateway.keys),
+    ]
+    return Starlette(routes=routes, exception_handlers={HTTPException: _unknown_route})
 
 
-async def _health() -> Response:
+async def _health(_: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-async def _openapi() -> Response:
+async def _openapi(_: Request) -> Response:
     return JSONResponse(document())
 
 
@@ -91,7 +93,7 @@ class _Gateway:
         self._resolver, self._backend, self._spec, self._access = resolver, backend, spec, access
         self._readiness = Readiness(resolver, backend)
 
-    async def ready(self) -> Response:
+    async def ready(self, _: Request) -> Response:
         if await self._readiness.is_ready():
             return JSONResponse({"status": "ready"})
         problem = Problem(503, "Not every model has a replica that answers yet: ask again.", "not_ready", retry_after_s=_READY_RETRY_S)
@@ -105,8 +107,9 @@ class _Gateway:
 
         return await _answered(work())
 
-    async def model(self, request: Request, name: str) -> Response:
+    async def model(self, request: Request) -> Response:
         async def work() -> Response:
+            name = request.path_params["name"]
             return JSONResponse(describe(name, await self._resolve(await self._identify(request), name)))
 
         return await _answered(work())
@@ -131,7 +134,7 @@ class _Gateway:
         key = await self._identify(request)
         with ExitStack() as until_streamed:
             admission = until_streamed.enter_context(self._access.enter(key))
-            ask = parse(await read_body(request, self._spec, deadline))
+            ask = await _parsed(parse, await read_body(request, self._spec, deadline))
             self._check_max_tokens(ask)
             version = await self._resolve(key, ask.model)
             head = Head(f"{ask.form.prefix}-{uuid.uuid4().hex}", int(time.time()), ask.model, fingerprint(version))
@@ -168,6 +171,11 @@ class _Gateway:
         if limit is not None and asked is not None and asked > limit:
             message = f"At most {limit} tokens may be asked for here, not {asked}."
             raise Refusal(Problem(400, message, "max_tokens_too_large", "max_tokens"))
+
+
+async def _parsed(parse: Callable[[bytes], Ask], body: bytes) -> Ask:
+    """A large body in a thread: it can take a second, in which all other streams would stand still."""
+    return parse(body) if len(body) <= _LARGE_BODY_BYTES else await asyncio.to_thread(parse, body)
 
 
 async def _answered(work: Awaitable[Response]) -> Response:

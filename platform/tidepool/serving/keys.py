@@ -8,7 +8,7 @@ Invariants:
 - A key is found by its id, which is no secret; its hash is compared in constant time.
 - A key that is revoked stays so. A key never changes: other scopes or limits are another key.
 - A gateway reads what is new in the log every `refresh_s` (`KeyRing`), whether or not requests come, and requests never wait
-  for that. So a revocation counts within `refresh_s` and the time of one listing.
+  for that, nor it for them: it has a thread of its own. So a revocation counts within `refresh_s` and the time of one listing.
 - While the log cannot be read, keys go on as they were last known, for `max_age_s`: a store that is away takes no revocation
   from anybody, and must not take serving along. After that nobody is let in, since a gateway that alone is cut off from the store
   would honour a stolen key for ever. A gateway that has never read the log lets nobody in.
@@ -23,6 +23,7 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Annotated, ClassVar
@@ -71,9 +72,12 @@ def fold_keys(entries: Iterable[LogEntry], keys: Mapping[str, ApiKey] | None = N
             match entry.value["event"]:
                 case "created":
                     key = _key.validate_python({name: given for name, given in entry.value.items() if name not in ("event", "attempt")})
+                    if key.id in found or key.revoked_at is not None:
+                        raise ValueError("a key that is there already, or born revoked")
                     found[key.id] = key
                 case "revoked":
-                    found[entry.value["id"]] = replace(found[entry.value["id"]], revoked_at=str(entry.value["revoked_at"]))
+                    key = found[entry.value["id"]]
+                    found[key.id] = replace(key, revoked_at=key.revoked_at or str(entry.value["revoked_at"]))
                 case other:
                     raise ValueError(f"an event {other!r}")
         except (KeyError, TypeError, ValueError) as error:  # pydantic's are ValueErrors
@@ -134,7 +138,7 @@ class KeyLog:
 
 
 class KeyRing:
-    """The keys as one gateway knows them, in one event loop. `read_after` is that of a `KeyLog`; it blocks and runs in a thread."""
+    """The keys as one gateway knows them, in one event loop. `read_after` is that of a `KeyLog`, which blocks: it has a thread."""
 
     def __init__(
         self,
@@ -145,6 +149,7 @@ class KeyRing:
         wait: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._read_after, self._max_age_s, self._refresh_s, self._clock, self._wait = read_after, max_age_s, refresh_s, clock, wait
+        self._thread = ThreadPoolExecutor(1, "keys")  # the event loop's own are for the lookups of requests, which may fill them
         self._keys: dict[str, ApiKey] = {}
         self._last_number = 0
         self._read_at: float | None = None
@@ -175,7 +180,7 @@ class KeyRing:
     async def refresh(self) -> None:
         """Read what is new in the log. Raises `ApiKeyError`, `StoreError`."""
         began_at = self._clock()
-        entries = await asyncio.to_thread(self._read_after, self._last_number)
+        entries = await asyncio.get_running_loop().run_in_executor(self._thread, self._read_after, self._last_number)
         self._keys = fold_keys(entries, self._keys)
         self._last_number = entries[-1].number if entries else self._last_number
         self._read_at = began_at
