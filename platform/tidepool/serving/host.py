@@ -1,0 +1,220 @@
+"""A replica as gateways reach it: calls come in over their channels, frames go out, and its state with them. Knows no Ray.
+
+Invariants:
+- A request is told to the gateway that submitted it, and cancelled when that one cancels it or is gone.
+- Each request ends with one of done, failed or gone, unless its gateway left first.
+- Once the replica leaves it takes nothing new. What is not finished within its patience is handed back as gone, so that the gateway
+  has another replica finish it.
+"""
+
+import asyncio
+import logging
+import secrets
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from tidepool.errors import TidepoolError
+from tidepool.inference.engine import Output
+from tidepool.registry import ModelVersion
+from tidepool.serving.backend import Call, Frame, Started
+from tidepool.serving.channel import Channel, listen
+from tidepool.serving.prefixes import HeldPrefixes, prefix_digests
+from tidepool.serving.router import ReplicaState
+from tidepool.serving.wire import (
+    TO_GATEWAY,
+    TO_REPLICA,
+    Cancel,
+    Done,
+    Endpoint,
+    Gone,
+    Report,
+    Submit,
+    ToGateway,
+    Told,
+    ToReplica,
+    Warm,
+    failure,
+)
+
+REPORT_EVERY_S = 0.5
+_logger = logging.getLogger(__name__)
+
+ToOneGateway = Channel[ToGateway, ToReplica]
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy a replica is; `adapters` are those that are loaded or on their way."""
+
+    num_running: int
+    num_queued: int
+    adapters: frozenset[str]
+    num_free_blocks: int
+    num_blocks: int
+    num_cache_tokens: int
+    has_failed: bool = False
+
+
+class Served(Protocol):
+    """What a host serves: a `Replica`."""
+
+    def generate(self, call: Call) -> AsyncGenerator[Frame, None]: ...
+
+    async def load_adapter(self, version: ModelVersion) -> None: ...
+
+    def load(self) -> Load: ...
+
+
+@dataclass(eq=False)
+class _Visit:
+    """A gateway that is connected, and what it has submitted."""
+
+    channel: ToOneGateway
+    tasks: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    num_changes_known: int = -1  # of the prefixes
+
+
+class ReplicaHost:
+    """Serves one replica to any number of gateways, in one event loop."""
+
+    def __init__(self, replica: Served, report_every_s: float = REPORT_EVERY_S) -> None:
+        self._replica, self._report_every_s = replica, report_every_s
+        self._prefixes = HeldPrefixes(replica.load().num_cache_tokens)
+        self._visits: set[_Visit] = set()
+        self._server: asyncio.Server | None = None
+        self._reporting: asyncio.Task[None] | None = None
+        self._warming: set[asyncio.Task[None]] = set()
+        self._is_leaving = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def open(self, replica_id: str, base_digest: str, host: str) -> Endpoint:
+        """Listen on a free port of a host; returns where, with a new secret."""
+        secret = secrets.token_hex(32)
+        self._server = await listen(host, secret, TO_GATEWAY, TO_REPLICA, self._visit)
+        self._reporting = asyncio.create_task(self._report_regularly())
+        return Endpoint(replica_id, base_digest, host, self._server.sockets[0].getsockname()[1], secret)
+
+    @property
+    def channels(self) -> Iterable[ToOneGateway]:
+        """Those of the gateways that are connected."""
+        return [visit.channel for visit in self._visits]
+
+    async def leave(self, patience_s: float) -> None:
+        """Take nothing new, finish what ends within a time, hand the rest back, and close."""
+        self._is_leaving = True
+        self._report()
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._idle.wait()
+        except TimeoutError:
+            _logger.info("Handing %d requests to other replicas.", sum(len(visit.tasks) for visit in self._visits))
+        await self.close()
+
+    async def close(self) -> None:
+        """Hand all requests back, and close."""
+        if self._server is not None:
+            self._server.close()
+        if self._reporting is not None:
+            self._reporting.cancel()
+        visits = list(self._visits)
+        for visit in visits:
+            for request_id in visit.tasks:
+                visit.channel.send(Gone(request_id, is_handed_back=True))
+            visit.channel.close()
+        tasks = [task for visit in visits for task in visit.tasks.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, *(visit.channel.wait_closed() for visit in visits), return_exceptions=True)
+
+    # --- One gateway -------------------------------------------------------------------------------------------------
+
+    async def _visit(self, channel: ToOneGateway) -> None:
+        visit = _Visit(channel)
+        self._visits.add(visit)
+        self._report()
+        try:
+            while True:
+                for message in await channel.receive():
+                    self._take(visit, message)
+        finally:
+            self._visits.discard(visit)
+            for task in visit.tasks.values():
+                task.cancel()
+
+    def _take(self, visit: _Visit, message: ToReplica) -> None:
+        match message:
+            case Submit(call):
+                assert call.request_id not in visit.tasks
+                if self._is_leaving:
+                    visit.channel.send(Gone(call.request_id, is_handed_back=True))
+                    return
+                self._idle.clear()
+                task = visit.tasks[call.request_id] = asyncio.create_task(self._serve(visit.channel, call))
+                task.add_done_callback(lambda _: self._forget(visit, call.request_id))
+            case Cancel(request_id):
+                if request_id in visit.tasks:
+                    visit.tasks[request_id].cancel()
+            case Warm(version):
+                warming = asyncio.create_task(self._warm(version))
+                self._warming.add(warming)
+                warming.add_done_callback(self._warming.discard)
+
+    def _forget(self, visit: _Visit, request_id: str) -> None:
+        del visit.tasks[request_id]
+        if not any(one.tasks for one in self._visits):
+            self._idle.set()
+
+    async def _serve(self, channel: ToOneGateway, call: Call) -> None:
+        request_id = call.request_id
+        try:
+            async with aclosing(self._replica.generate(call)) as frames:
+                async for frame in frames:
+                    if isinstance(frame, Output) and frame.finish_reason == "cancelled":  # by the engine: nobody here asked for it
+                        channel.send(Gone(request_id))
+                        return
+                    if isinstance(frame, Started) and call.task == "generate":
+                        self._prefixes.add(prefix_digests(call))
+                    channel.send(Told(request_id, frame))
+            channel.send(Done(request_id))
+        except Exception as error:  # noqa: BLE001 whatever it is, the gateway is told, and the others' requests go on
+            if self._replica.load().has_failed:  # the engine's own fault, not the request's
+                channel.send(Gone(request_id))
+                return
+            if not isinstance(error, TidepoolError):
+                _logger.error("A request failed with %s.", type(error).__name__)  # its message may quote the prompt
+            channel.send(failure(request_id, error))
+
+    async def _warm(self, version: ModelVersion) -> None:
+        try:
+            await self._replica.load_adapter(version)
+        except TidepoolError as error:
+            _logger.warning("%s cannot be loaded before it is asked for: %s", version.ref, error)
+        self._report()
+
+    # --- Reports -----------------------------------------------------------------------------------------------------
+
+    async def _report_regularly(self) -> None:
+        while True:
+            await asyncio.sleep(self._report_every_s)
+            self._report()
+
+    def _report(self) -> None:
+        load = self._replica.load()
+        state = ReplicaState(
+            load.adapters,
+            frozenset(),
+            load.num_running,
+            load.num_queued,
+            load.num_free_blocks,
+            load.num_blocks,
+            self._is_leaving or load.has_failed,
+        )
+        for visit in self._visits:
+            if visit.num_changes_known == self._prefixes.num_changes:
+                visit.channel.send(Report(state, has_prefixes=False))
+            else:
+                visit.channel.send(Report(replace(state, prefixes=frozenset(self._prefixes.digests))))
+                visit.num_changes_known = self._prefixes.num_changes
