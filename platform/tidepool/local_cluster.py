@@ -125,13 +125,16 @@ def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False, f
     return cluster
 
 
-def serve(cluster: LocalCluster, models: Sequence[str]) -> None:
-    """Serve models by registry name on the cluster's HTTP port; returns when they answer. Raises `ClusterError`."""
+def serve(cluster: LocalCluster, models: Sequence[str], **options: Any) -> None:
+    """Serve models by registry name on the cluster's HTTP port; returns when they answer. `options`: other keys of a serving spec.
+
+    Raises `ClusterError`.
+    """
     application = {
         "name": _APPLICATION,
         "route_prefix": "/",
         "import_path": "serve.app:build",
-        "args": {"store": cluster.store_url, "models": list(models)},
+        "args": {"store": cluster.store_url, "models": list(models), **options},
     }
     http = {"host": "127.0.0.1", "port": cluster.http_port}
     url = f"{cluster.dashboard_url}/api/serve/applications/"

@@ -41,6 +41,7 @@ _HEADROOM = 64
 _LOOKUP_DEADLINE_S = 5.0
 _REPORT_EVERY_S = 3.0
 _WATCH_S = 2.0
+_RETRY_S = 1.0
 _GATEWAY_CPUS = 0  # it waits for others nearly all the time; what it holds no run could have
 _SERVE_ERRORS = (RayError, RayServeException, TimeoutError)
 _logger = logging.getLogger(__name__)
@@ -182,29 +183,31 @@ class Gateway:
         self._resolver = Resolver(Registry(store).resolve, deployed, replicas.keys(), spec.resolve_ttl_s)
         keys = KeyRing(KeyLog(store).read_after, spec.gateway.keys_max_age_s)
         self._app = build_gateway(self._resolver, self._fleet, spec.gateway, keys)
-        self._watching = asyncio.create_task(self._watch(directory))
+        self._following = asyncio.create_task(follow(directory, self._fleet))
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
-
-    async def _watch(self, directory: DeploymentHandle) -> None:
-        epoch, seen = "", -1
-        while True:
-            try:
-                view: View = await directory.watch.remote(epoch, seen)
-            except _SERVE_ERRORS as error:  # Serve starts another one; what is connected stays so
-                _logger.warning("The directory does not answer: %r", error)
-                await asyncio.sleep(1)
-                continue
-            if (view.epoch, view.number) != (epoch, seen):
-                self._fleet.update(view.endpoints)
-                epoch, seen = view.epoch, view.number
 
     async def _wake(self, base_digest: str) -> None:
         try:
             await self._replicas[base_digest].wake.remote()
         except _SERVE_ERRORS as error:
             raise ClusterError(f"Serve has no replica: {error}") from error
+
+
+async def follow(directory: DeploymentHandle, fleet: Fleet) -> None:
+    """Keep a gateway's replicas those that the directory lists, for ever."""
+    epoch, seen = "", -1
+    while True:
+        try:
+            view: View = await directory.watch.remote(epoch, seen)
+        except _SERVE_ERRORS as error:  # Serve starts another one; what is connected stays so
+            _logger.warning("The directory does not answer: %r", error)
+            await asyncio.sleep(_RETRY_S)
+            continue
+        if (view.epoch, view.number) != (epoch, seen):
+            fleet.update(view.endpoints)
+            epoch, seen = view.epoch, view.number
 
 
 def _own_id() -> str:

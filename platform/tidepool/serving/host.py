@@ -181,6 +181,7 @@ class ReplicaHost:
             channel.send(Done(request_id))
         except Exception as error:  # noqa: BLE001 whatever it is, the gateway is told, and the others' requests go on
             if self._replica.load().has_failed:  # the engine's own fault, not the request's
+                self._report()
                 channel.send(Gone(request_id))
                 return
             if not isinstance(error, TidepoolError):
