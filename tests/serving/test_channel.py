@@ -83,7 +83,7 @@ TOLD = [
 def test_every_message_arrives_as_it_was() -> None:
     async def run() -> None:
         async with pair() as (ours, theirs):
-            asked = [*map(Submit, CALLS), Cancel("r"), Warm(adapter())]
+            asked = [*map(Submit, CALLS), Cancel("r"), Warm("w", adapter())]
             for message in asked:
                 ours.send(message)
             assert await theirs.receive() == asked

@@ -10,7 +10,7 @@ import pytest
 
 from tests.serving.fakes import BASE_DIGEST, adapter
 from tests.serving.models import Published
-from tidepool.errors import ClusterError, EngineBusyError, RequestError
+from tidepool.errors import ClusterError, EngineBusyError, ModelError, RequestError
 from tidepool.inference.engine import Output
 from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.models import ModelSource
@@ -34,6 +34,7 @@ class Counting:
         self.cancelled: list[str] = []
         self.loaded: set[str] = set()
         self.errors: list[Exception] = []
+        self.load_errors: list[Exception] = []
         self.stops_after: int | None = None
         self.breaks_after: int | None = None
         self.stopped = asyncio.Event()
@@ -61,6 +62,8 @@ class Counting:
             raise
 
     async def load_adapter(self, version: ModelVersion) -> None:
+        if self.load_errors:
+            raise self.load_errors.pop()
         self.loaded.add(version.digest)
 
     def load(self) -> Load:
@@ -298,14 +301,39 @@ def test_closing_the_frames_early_cancels_the_request() -> None:
     play(run)
 
 
-def test_an_adapter_is_warmed_at_the_replica_where_its_requests_go() -> None:
+def test_an_adapter_is_prepared_where_the_one_before_it_is_else_at_one_replica() -> None:
     async def run() -> None:
-        replicas = [Counting(), Counting()]
+        old, new, other = adapter(number=1), adapter(number=2), adapter(number=3)
+        replicas = [Counting() for _ in range(3)]
+        for replica in replicas[1:]:
+            replica.loaded.add(old.digest)
         async with scene(*replicas) as one:
-            one.fleet.warm(adapter(), BASE_DIGEST)
-            await until(lambda: adapter().digest in replicas[0].loaded)
-            assert not replicas[1].loaded
-            assert not replicas[0].calls
+            await one.fleet.prepare(new, old)
+            await until(lambda: all(new.digest in replica.loaded for replica in replicas[1:]))
+            assert not replicas[0].loaded
+            await one.fleet.prepare(other)
+            assert sum(other.digest in replica.loaded for replica in replicas) == 1
+            assert not any(replica.calls for replica in replicas)
+
+    play(run)
+
+
+def test_an_adapter_is_refused_where_no_replica_can_load_it_and_none_that_is_there_is_none_that_refuses() -> None:
+    async def run() -> None:
+        old, new = adapter(number=1), adapter(number=2)
+        replicas = [Counting(), Counting()]
+        for replica in replicas:
+            replica.loaded.add(old.digest)
+        async with scene() as one:
+            await one.fleet.prepare(new, old)
+            for name, replica in zip("ab", replicas, strict=True):
+                await one.add(name, replica)
+            replicas[0].load_errors = [ModelError("broken")]
+            await one.fleet.prepare(new, old)
+            for replica in replicas:
+                replica.load_errors = [ModelError("broken")]
+            with pytest.raises(ModelError, match="broken"):
+                await one.fleet.prepare(adapter(number=4), old)
 
     play(run)
 

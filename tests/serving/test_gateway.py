@@ -14,7 +14,7 @@ from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
 from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryError, RequestError, StoreUnreachableError
 from tidepool.inference.engine import Output
 from tidepool.inference.sampling_parameters import SamplingParameters
-from tidepool.registry import ModelVersion
+from tidepool.registry import Meaning
 from tidepool.serving.backend import Chat, ContextLengthError, Message, Started
 from tidepool.serving.gateway import build_gateway
 from tidepool.serving.resolver import Resolver
@@ -24,7 +24,7 @@ CHAT = {"model": "bot", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "tides", "prompt": "hi", "max_tokens": 4}
 
 
-def lookup(ref: str) -> ModelVersion:
+def lookup(ref: str) -> Meaning:
     if ref == "bot@7":
         raise StoreUnreachableError("file:///secret/place does not answer")
     raise RegistryError(f"No version like {ref}.")

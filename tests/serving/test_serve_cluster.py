@@ -135,7 +135,11 @@ def obedient_url(cluster: LocalCluster, served: Published) -> Iterator[str]:
 async def fleet() -> AsyncIterator[Fleet]:
     """A gateway's replicas, in this process: those that the application's directory lists."""
     one = Fleet()
-    following = asyncio.create_task(follow(serve.get_deployment_handle("Directory", "obedient"), one))
+
+    async def refresh(_: object) -> None:
+        """Nothing here has a name."""
+
+    following = asyncio.create_task(follow(serve.get_deployment_handle("Directory", "obedient"), one, refresh))
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             yield one

@@ -7,7 +7,7 @@ gateway neither counts as traffic nor holds up a replica that must go.
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, Literal
 
 import ray
@@ -42,6 +42,7 @@ _LOOKUP_DEADLINE_S = 5.0
 _REPORT_EVERY_S = 3.0
 _WATCH_S = 2.0
 _RETRY_S = 1.0
+_POLL_SHARE, _SHORTEST_POLL_S = 0.8, 0.2
 _GATEWAY_CPUS = 0  # it waits for others nearly all the time; what it holds no run could have
 _SERVE_ERRORS = (RayError, RayServeException, TimeoutError)
 _logger = logging.getLogger(__name__)
@@ -180,10 +181,13 @@ class Gateway:
         store = open_store(spec.store, deadline_s=_LOOKUP_DEADLINE_S)
         self._replicas = replicas
         self._fleet = Fleet(self._wake)
-        self._resolver = Resolver(Registry(store).resolve, deployed, replicas.keys(), spec.resolve_ttl_s)
+        self._resolver = Resolver(Registry(store).meaning, deployed, replicas.keys(), spec.resolve_ttl_s, prepare=self._fleet.prepare)
         keys = KeyRing(KeyLog(store).read_after, spec.gateway.keys_max_age_s)
         self._app = build_gateway(self._resolver, self._fleet, spec.gateway, keys)
-        self._following = asyncio.create_task(follow(directory, self._fleet))
+        self._tasks = [
+            asyncio.create_task(follow(directory, self._fleet, self._resolver.refresh)),
+            asyncio.create_task(_poll(self._resolver, spec.resolve_ttl_s)),
+        ]
 
     def __serve_build_asgi_app__(self) -> Any:
         return self._app
@@ -195,8 +199,8 @@ class Gateway:
             raise ClusterError(f"Serve has no replica: {error}") from error
 
 
-async def follow(directory: DeploymentHandle, fleet: Fleet) -> None:
-    """Keep a gateway's replicas those that the directory lists, for ever."""
+async def follow(directory: DeploymentHandle, fleet: Fleet, refresh: Callable[[Collection[str] | None], Awaitable[None]]) -> None:
+    """Keep a gateway's replicas those that the directory lists, and ask anew for names that have moved, for ever."""
     epoch, seen = "", -1
     while True:
         try:
@@ -208,6 +212,15 @@ async def follow(directory: DeploymentHandle, fleet: Fleet) -> None:
         if (view.epoch, view.number) != (epoch, seen):
             fleet.update(view.endpoints)
             epoch, seen = view.epoch, view.number
+            if view.moved != ():
+                await refresh(view.moved)
+
+
+async def _poll(resolver: Resolver, ttl_s: float) -> None:
+    """Look what names mean before a request has to, for ever: not every move is announced."""
+    while True:
+        await asyncio.sleep(max(_POLL_SHARE * ttl_s, _SHORTEST_POLL_S))
+        await resolver.refresh()
 
 
 def _own_id() -> str:

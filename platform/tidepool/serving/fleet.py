@@ -9,7 +9,8 @@ Invariants:
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from tidepool.errors import ClusterError, EngineBusyError
 from tidepool.registry import ModelVersion
 from tidepool.serving.backend import Call, Frame
 from tidepool.serving.channel import Channel, ChannelClosedError, connect
+from tidepool.serving.plan import base_digest_of
 from tidepool.serving.prefixes import prefix_digests
 from tidepool.serving.replay import Replay
 from tidepool.serving.router import Need, ReplicaState, choose
@@ -75,34 +77,43 @@ class Link:
 
     async def ask(self, call: Call, need: Need) -> AsyncGenerator[Frame, None]:
         """The frames of a call. Raises what the replica raised, `ReplicaLostError`."""
-        if self._channel is None:
-            raise ReplicaLostError("The replica is not connected.")
-        answers = self._asked[call.request_id] = asyncio.Queue()
-        self._channel.send(Submit(call))
         self._brought.update(need.prefixes)
         if need.adapter is not None:
             self._brought.add(need.adapter)
+        async with aclosing(self._say(call.request_id, Submit(call))) as frames:
+            async for frame in frames:
+                yield frame
+
+    async def warm(self, version: ModelVersion) -> None:
+        """Have an adapter loaded. Raises what the replica raised, `ReplicaLostError`."""
+        request_id = f"warm-{secrets.token_hex(8)}"
+        async with aclosing(self._say(request_id, Warm(request_id, version))) as frames:
+            async for _ in frames:
+                pass
+
+    async def _say(self, request_id: str, message: Submit | Warm) -> AsyncGenerator[Frame, None]:
+        """Say something that is answered by frames and an end."""
+        channel = self._channel
+        if channel is None:
+            raise ReplicaLostError("The replica is not connected.")
+        answers = self._asked[request_id] = asyncio.Queue()
+        channel.send(message)
         is_over = False
         try:
             while not is_over:
-                message = await answers.get()
-                is_over = not isinstance(message, Told)
-                match message:
+                answer = await answers.get()
+                is_over = not isinstance(answer, Told)
+                match answer:
                     case Told(_, frame):
                         yield frame
                     case Failed():
-                        raise error_of(message)
+                        raise error_of(answer)
                     case Gone(_, is_handed_back):
                         raise (HandedBackError if is_handed_back else ReplicaLostError)("The replica that served this request is gone.")
         finally:
-            self._asked.pop(call.request_id, None)
-            if not is_over and self._channel is not None:
-                self._channel.send(Cancel(call.request_id))
-
-    def warm(self, version: ModelVersion) -> None:
-        """Have an adapter loaded that is about to be asked for; nothing if it is there or the replica is not."""
-        if self._channel is not None and self.state is not None and version.digest not in self.state.adapters:
-            self._channel.send(Warm(version))
+            del self._asked[request_id]
+            if not is_over:
+                channel.send(Cancel(request_id))
 
     async def close(self) -> None:
         """Leave the replica, which cancels what was asked of it."""
@@ -166,7 +177,7 @@ class Fleet:
         self._links: dict[str, Link] = {}
         self._next_change: asyncio.Event = asyncio.Event()
         self._waking: dict[str, asyncio.Task[None]] = {}
-        self._leaving: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self.num_replays = 0
 
     def update(self, endpoints: Iterable[Endpoint]) -> None:
@@ -177,10 +188,28 @@ class Fleet:
                 self._links[replica_id] = Link(endpoint, self._change, self._silence_s)
         self._change()
 
-    def warm(self, version: ModelVersion, base_digest: str) -> None:
-        """Have an adapter loaded where its requests will go: at the replica of its base that has the least to do."""
-        if chosen := self._choose(base_digest, Need(version.digest), set()):
-            chosen.warm(version)
+    async def prepare(self, version: ModelVersion, instead_of: ModelVersion | None = None) -> None:
+        """Have an adapter loaded where its requests will go; returns when the first replica has it, or if there is none.
+
+        That is where the version is that it replaces, else at the replica of its base that has the least to do. Raises what loading it
+        raised if it failed everywhere.
+        """
+        base_digest = base_digest_of(version)
+        if version.kind != "adapter" or base_digest is None:
+            return
+        states = self.states(base_digest)
+        names = [name for name, state in states.items() if instead_of is not None and instead_of.digest in state.adapters]
+        if not names and (name := choose(states, Need(version.digest))) is not None:
+            names = [name]
+        tasks = {self._keep(self._links[name].warm(version)) for name in names}
+        error: BaseException | None = None
+        while tasks:  # those that are left go on by themselves
+            done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if (error := task.exception()) is None:
+                    return
+        if error is not None and not isinstance(error, ReplicaLostError):
+            raise error
 
     def states(self, base_digest: str) -> dict[str, ReplicaState]:
         """The replicas of a base that are connected."""
@@ -189,9 +218,9 @@ class Fleet:
 
     async def close(self) -> None:
         """Leave all replicas."""
-        for task in self._waking.values():
+        for task in [*self._waking.values(), *self._tasks]:
             task.cancel()
-        await asyncio.gather(*(link.close() for link in self._links.values()), *self._leaving, return_exceptions=True)
+        await asyncio.gather(*(link.close() for link in self._links.values()), *self._tasks, return_exceptions=True)
 
     async def generate(self, call: Call) -> AsyncGenerator[Frame, None]:
         """See `Backend.generate`."""
@@ -245,8 +274,14 @@ class Fleet:
     def _change(self) -> None:
         """Something is there or gone: forget what is gone for good, and let those look again who wait."""
         for replica_id in [name for name, link in self._links.items() if name not in self._listed and link.state is None]:
-            task = asyncio.create_task(self._links.pop(replica_id).close())
-            self._leaving.add(task)
-            task.add_done_callback(self._leaving.discard)
+            self._keep(self._links.pop(replica_id).close())
         change, self._next_change = self._next_change, asyncio.Event()
         change.set()
+
+    def _keep(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        """A task that `close` ends."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())  # who waits for it hears of it, if anybody does
+        return task

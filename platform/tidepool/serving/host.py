@@ -10,7 +10,7 @@ Invariants:
 import asyncio
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -85,7 +85,6 @@ class ReplicaHost:
         self._visits: set[_Visit] = set()
         self._server: asyncio.Server | None = None
         self._reporting: asyncio.Task[None] | None = None
-        self._warming: set[asyncio.Task[None]] = set()
         self._is_leaving = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -147,38 +146,35 @@ class ReplicaHost:
     def _take(self, visit: _Visit, message: ToReplica) -> None:
         match message:
             case Submit(call):
-                assert call.request_id not in visit.tasks
-                if self._is_leaving:
-                    visit.channel.send(Gone(call.request_id, is_handed_back=True))
-                    return
-                self._idle.clear()
-                task = visit.tasks[call.request_id] = asyncio.create_task(self._serve(visit.channel, call))
-                task.add_done_callback(lambda _: self._forget(visit, call.request_id))
+                self._start(visit, call.request_id, self._tell(visit.channel, call))
+            case Warm(request_id, version):
+                self._start(visit, request_id, self._replica.load_adapter(version))
             case Cancel(request_id):
                 if request_id in visit.tasks:
                     visit.tasks[request_id].cancel()
-            case Warm(version):
-                warming = asyncio.create_task(self._warm(version))
-                self._warming.add(warming)
-                warming.add_done_callback(self._warming.discard)
+
+    def _start(self, visit: _Visit, request_id: str, work: Coroutine[None, None, None]) -> None:
+        """Do what was asked for, unless this replica leaves."""
+        assert request_id not in visit.tasks
+        if self._is_leaving:
+            work.close()
+            visit.channel.send(Gone(request_id, is_handed_back=True))
+            return
+        self._idle.clear()
+        task = visit.tasks[request_id] = asyncio.create_task(self._do(visit.channel, request_id, work))
+        task.add_done_callback(lambda _: self._forget(visit, request_id))
 
     def _forget(self, visit: _Visit, request_id: str) -> None:
         del visit.tasks[request_id]
         if not any(one.tasks for one in self._visits):
             self._idle.set()
 
-    async def _serve(self, channel: ToOneGateway, call: Call) -> None:
-        request_id = call.request_id
+    async def _do(self, channel: ToOneGateway, request_id: str, work: Coroutine[None, None, None]) -> None:
         try:
-            async with aclosing(self._replica.generate(call)) as frames:
-                async for frame in frames:
-                    if isinstance(frame, Output) and frame.finish_reason == "cancelled":  # by the engine: nobody here asked for it
-                        channel.send(Gone(request_id))
-                        return
-                    if isinstance(frame, Started) and call.task == "generate":
-                        self._prefixes.add(prefix_digests(call))
-                    channel.send(Told(request_id, frame))
+            await work
             channel.send(Done(request_id))
+        except _EngineClosedError:
+            channel.send(Gone(request_id))
         except Exception as error:  # noqa: BLE001 whatever it is, the gateway is told, and the others' requests go on
             if self._replica.load().has_failed:  # the engine's own fault, not the request's
                 self._report()
@@ -188,12 +184,14 @@ class ReplicaHost:
                 _logger.error("A request failed with %s.", type(error).__name__)  # its message may quote the prompt
             channel.send(failure(request_id, error))
 
-    async def _warm(self, version: ModelVersion) -> None:
-        try:
-            await self._replica.load_adapter(version)
-        except TidepoolError as error:
-            _logger.warning("%s cannot be loaded before it is asked for: %s", version.ref, error)
-        self._report()
+    async def _tell(self, channel: ToOneGateway, call: Call) -> None:
+        async with aclosing(self._replica.generate(call)) as frames:
+            async for frame in frames:
+                if isinstance(frame, Output) and frame.finish_reason == "cancelled":
+                    raise _EngineClosedError
+                if isinstance(frame, Started) and call.task == "generate":
+                    self._prefixes.add(prefix_digests(call))
+                channel.send(Told(call.request_id, frame))
 
     # --- Reports -----------------------------------------------------------------------------------------------------
 
@@ -219,3 +217,7 @@ class ReplicaHost:
             else:
                 visit.channel.send(Report(replace(state, prefixes=frozenset(self._prefixes.digests))))
                 visit.num_changes_known = self._prefixes.num_changes
+
+
+class _EngineClosedError(Exception):
+    """The engine ended a request that nobody cancelled."""

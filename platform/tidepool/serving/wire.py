@@ -52,8 +52,9 @@ class Cancel:
 
 @dataclass(frozen=True)
 class Warm:
-    """Load this adapter: requests for it are about to come. Nothing is answered."""
+    """Load this adapter: requests for it are about to come. The answer is done or failed."""
 
+    request_id: str
     adapter: ModelVersion
     kind: Literal["warm"] = "warm"
 
