@@ -17,6 +17,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from tidepool.announcement import DIRECTORY
 from tidepool.errors import ClusterError
 from tidepool.models.source import ModelSource
 from tidepool.registry import ModelVersion, Registry
@@ -81,7 +82,7 @@ def directory_deployment() -> serve.Deployment:
     """The deployment of an application's directory."""
     return serve.deployment(
         DirectoryActor,
-        name="Directory",
+        name=DIRECTORY,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=10_000,  # each gateway has a question open
         graceful_shutdown_timeout_s=_WATCH_S,
