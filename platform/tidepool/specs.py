@@ -262,10 +262,16 @@ class ElasticSpec(Spec):
 
 
 class PublishSpec(Spec):
-    """The registry name that the result is published under, and the alias that moves to it."""
+    """The registry name that the result is published under, and the alias that moves to it.
+
+    `every_steps`: publish while the run goes on, too, wherever the held-out loss is measured at such a step. `max_held_out_loss`: the
+    alias moves only to versions whose held-out loss is not above this.
+    """
 
     model: Name
     alias: Name | None = "production"
+    every_steps: Count | None = None
+    max_held_out_loss: Annotated[float, Field(gt=0)] | None = None
 
 
 class RunSpec(StoredSpec):
@@ -280,6 +286,16 @@ class RunSpec(StoredSpec):
     workers: WorkersSpec = WorkersSpec()
     elastic: ElasticSpec = ElasticSpec()
     publish: PublishSpec | None = None
+
+    @model_validator(mode="after")
+    def _measured_first(self) -> Self:
+        every = self.publish.every_steps if self.publish else None
+        if every is not None and every % self.training.evaluate_every_steps:
+            raise ValueError(
+                f"publish.every_steps ({every}) must be a multiple of training.evaluate_every_steps "
+                f"({self.training.evaluate_every_steps}): what is published has been measured"
+            )
+        return self
 
     @model_validator(mode="after")
     def _enough_shards(self) -> Self:
