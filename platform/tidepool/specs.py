@@ -341,10 +341,32 @@ class EngineSpec(Spec):
     threads: Count = 1
 
 
+class ScaleSpec(Spec):
+    """Between how many replicas a base model has as its traffic goes, and when: `min` 0 lets it go to none while nobody asks.
+
+    `ttft_s` is the time to the first token that replicas are added for. `up_after_s`, `down_after_s`, `zero_after_s`: how long more are
+    needed before one comes, fewer before one goes, and none before the last one goes.
+    """
+
+    min: Annotated[int, Field(ge=0)] = 1
+    max: Count
+    ttft_s: Annotated[float, Field(gt=0)] = 1.0
+    up_after_s: Annotated[float, Field(ge=0)] = 1.0
+    down_after_s: Annotated[float, Field(ge=0)] = 60.0
+    zero_after_s: Annotated[float, Field(ge=0)] = 300.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) exceeds max ({self.max})")
+        return self
+
+
 class ReplicasSpec(Spec):
-    """Replicas of each base model's deployment, and what each of them gets."""
+    """Replicas of each base model's deployment (so many, or as `scale` says), and what each of them gets."""
 
     num_replicas: Count = 1
+    scale: ScaleSpec | None = None
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
 

@@ -67,9 +67,12 @@ class Client:
         assert sum(self.is_done) <= 8
 
     async def all(self) -> list[str]:
+        return await self.some(_NUM_STREAMS)
+
+    async def some(self, num: int) -> list[str]:
         async with httpx.AsyncClient(timeout=_TIMEOUT_S, limits=httpx.Limits(max_connections=None)) as client:
-            await asyncio.gather(*(self._one(client, index) for index in range(_NUM_STREAMS)))
-        return self.texts
+            await asyncio.gather(*(self._one(client, index) for index in range(num)))
+        return self.texts[:num]
 
     async def _one(self, client: httpx.AsyncClient, index: int) -> None:
         body = {"model": "pair-bot" if index % 2 else "pair-tides", "prompt": f"the tide {index}", "max_tokens": 480, "stream": True}

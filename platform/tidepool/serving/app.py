@@ -13,6 +13,7 @@ from typing import Any, Literal
 import ray
 from ray import serve
 from ray.exceptions import RayError
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.context import _get_global_client
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -29,8 +30,9 @@ from tidepool.serving.host import ReplicaHost
 from tidepool.serving.keys import KeyLog, KeyRing
 from tidepool.serving.plan import plan_serving
 from tidepool.serving.resolver import Resolver
+from tidepool.serving.scaling import CACHE_USE, OCCUPANCY, TTFT_S, Autoscaler
 from tidepool.serving.wire import Endpoint
-from tidepool.specs import EngineSpec, ServingSpec, parse_spec
+from tidepool.specs import EngineSpec, ReplicasSpec, ServingSpec, parse_spec
 from tidepool.storage import open_store
 from tidepool.telemetry import configure_logging
 
@@ -70,12 +72,28 @@ def _engines(spec: ServingSpec, base: ModelSource, directory: serve.Application)
     deployment = serve.deployment(
         EngineReplica,
         name=f"Engine-{base.digest[:12]}",
-        num_replicas=spec.replicas.num_replicas,
+        **_number(spec.replicas),
         ray_actor_options={"num_cpus": spec.replicas.cpus_per_replica, "num_gpus": spec.replicas.gpus_per_replica},
         graceful_shutdown_timeout_s=_SHUTDOWN_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=_SHUTDOWN_POLL_S,
     )
     return deployment.bind(spec.store, base, spec.engine, device, directory)
+
+
+def _number(spec: ReplicasSpec) -> dict[str, Any]:
+    """How many replicas, in Serve's words."""
+    if spec.scale is None:
+        return {"num_replicas": spec.num_replicas}
+    scale = spec.scale
+    config = AutoscalingConfig(
+        min_replicas=scale.min,
+        max_replicas=scale.max,
+        upscale_delay_s=scale.up_after_s,
+        downscale_delay_s=scale.down_after_s,
+        downscale_to_zero_delay_s=scale.zero_after_s,
+        policy=AutoscalingPolicy(policy_function=Autoscaler, policy_kwargs={"ttft_s": scale.ttft_s}),
+    )
+    return {"autoscaling_config": config}
 
 
 def directory_deployment() -> serve.Deployment:
@@ -123,6 +141,7 @@ class EngineReplica:
         from tidepool.serving.replica import load_replica  # torch is for the replicas alone
 
         configure_logging()
+        self._max_batch_size = spec.max_batch_size
         self._replica = load_replica(store_url, base, spec, device)
         self._host = ReplicaHost(self._replica)
         self._presence = Presence(await self._host.open(_own_id(), base.digest, ray.util.get_node_ip_address()), directory)
@@ -130,6 +149,15 @@ class EngineReplica:
     def check_health(self) -> None:
         """Asked by Serve, which replaces a replica that raises."""
         self._replica.check()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Asked by Serve, for the policy of `serving.scaling`."""
+        load = self._replica.load()
+        return {
+            OCCUPANCY: (load.num_running + load.num_queued) / self._max_batch_size,
+            CACHE_USE: 1 - load.num_free_blocks / load.num_blocks,
+            TTFT_S: self._host.ttft_s,
+        }
 
     async def wake(self) -> None:
         """A request of Serve's, which starts a replica where there is none."""

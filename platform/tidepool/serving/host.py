@@ -10,6 +10,7 @@ Invariants:
 import asyncio
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, Coroutine, Iterable
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -22,6 +23,7 @@ from tidepool.serving.backend import Call, Frame, Started
 from tidepool.serving.channel import Channel, listen
 from tidepool.serving.prefixes import HeldPrefixes, prefix_digests
 from tidepool.serving.router import ReplicaState
+from tidepool.serving.waiting import Waits
 from tidepool.serving.wire import (
     TO_GATEWAY,
     TO_REPLICA,
@@ -82,6 +84,7 @@ class ReplicaHost:
     def __init__(self, replica: Served, report_every_s: float = REPORT_EVERY_S) -> None:
         self._replica, self._report_every_s = replica, report_every_s
         self._prefixes = HeldPrefixes(replica.load().num_cache_tokens)
+        self._waits = Waits(time.monotonic)
         self._visits: set[_Visit] = set()
         self._server: asyncio.Server | None = None
         self._reporting: asyncio.Task[None] | None = None
@@ -100,6 +103,11 @@ class ReplicaHost:
     def channels(self) -> Iterable[ToOneGateway]:
         """Those of the gateways that are connected."""
         return [visit.channel for visit in self._visits]
+
+    @property
+    def ttft_s(self) -> float:
+        """How long requests wait for their first token here, see `Waits`."""
+        return self._waits.ttft_s
 
     async def leave(self, patience_s: float) -> None:
         """Take nothing new, finish what ends within a time, hand the rest back, and close."""
@@ -185,13 +193,19 @@ class ReplicaHost:
             channel.send(failure(request_id, error))
 
     async def _tell(self, channel: ToOneGateway, call: Call) -> None:
-        async with aclosing(self._replica.generate(call)) as frames:
-            async for frame in frames:
-                if isinstance(frame, Output) and frame.finish_reason == "cancelled":
-                    raise _EngineClosedError
-                if isinstance(frame, Started) and call.task == "generate":
-                    self._prefixes.add(prefix_digests(call))
-                channel.send(Told(call.request_id, frame))
+        self._waits.begin(call.request_id)
+        try:
+            async with aclosing(self._replica.generate(call)) as frames:
+                async for frame in frames:
+                    if isinstance(frame, Output) and frame.finish_reason == "cancelled":
+                        raise _EngineClosedError
+                    if isinstance(frame, Started) and call.task == "generate":
+                        self._prefixes.add(prefix_digests(call))
+                    else:
+                        self._waits.answer(call.request_id)
+                    channel.send(Told(call.request_id, frame))
+        finally:
+            self._waits.leave(call.request_id)
 
     # --- Reports -----------------------------------------------------------------------------------------------------
 
