@@ -1,18 +1,22 @@
-"""On Ray Serve with two replicas: one that is killed or must go under load costs its clients nothing, with a gateway connected."""
+"""On Ray Serve with two replicas: one that is killed or must go under load costs its clients nothing, with a gateway connected, and
+versions that are published meanwhile answer whole.
+"""
 
 import asyncio
 import json
 import os
 import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 
-from tests.serving.models import Published, publish
+from tests.serving.models import Published, publish, publish_adapter
 from tidepool import local_cluster
+from tidepool.announcement import announce
 from tidepool.local_cluster import LocalCluster
 
 pytestmark = pytest.mark.cluster
@@ -126,5 +130,48 @@ def test_a_replica_that_must_go_under_sixteen_streams_cuts_none_and_an_idle_gate
         await asyncio.to_thread(scale, cluster, 1)
         assert await asked == undisturbed
         assert await Client(cluster, temperature=0).all() == undisturbed
+
+    asyncio.run(run())
+
+
+def test_versions_that_are_published_under_load_answer_soon_fail_nobody_and_are_never_mixed(
+    cluster: LocalCluster, served: Published, tmp_path: Path
+) -> None:
+    scale(cluster, 2)
+    prompts = [f"the tide {index}" for index in range(4)]
+    answers: list[tuple[str, str, str]] = []
+    newest = "pair-bot@1"
+
+    async def ask(client: httpx.AsyncClient, model: str, prompt: str) -> tuple[str, str, str]:
+        body = {"model": model, "prompt": prompt, "max_tokens": 12, "temperature": 0}
+        answered = await client.post(f"{cluster.api_url}/completions", json=body)
+        assert answered.status_code == 200, answered.text
+        value = answered.json()
+        return value["system_fingerprint"].rpartition("-")[0], prompt, value["choices"][0]["text"]
+
+    async def ask_on(client: httpx.AsyncClient, prompt: str, is_over: asyncio.Event) -> None:
+        while not is_over.is_set():
+            answers.append(await ask(client, "pair-bot", prompt))
+
+    async def run() -> None:
+        nonlocal newest
+        is_over = asyncio.Event()
+        async with httpx.AsyncClient(timeout=_TIMEOUT_S, limits=httpx.Limits(max_connections=None)) as client:
+            clients = [asyncio.create_task(ask_on(client, prompt, is_over)) for prompt in prompts * 2]
+            for seed in range(1, 5):
+                version = await asyncio.to_thread(publish_adapter, served, tmp_path / str(seed), "pair-bot", seed)
+                newest = version.ref
+                await asyncio.to_thread(announce, version.name)
+                deadline = time.monotonic() + _TIMEOUT_S
+                while not any(ref == newest for ref, _, _ in answers):
+                    assert time.monotonic() < deadline
+                    assert not any(task.done() for task in clients)
+                    await asyncio.sleep(0.02)
+            is_over.set()
+            await asyncio.gather(*clients)
+            assert len({ref for ref, _, _ in answers}) == 5
+            alone = {(ref, prompt): (await ask(client, ref, prompt))[2] for ref in {ref for ref, _, _ in answers} for prompt in prompts}
+            assert len(set(alone.values())) > len(prompts), "versions differ"
+            assert [one for one in answers if one[2] != alone[one[:2]]] == []
 
     asyncio.run(run())
