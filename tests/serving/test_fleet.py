@@ -10,7 +10,7 @@ import pytest
 
 from tests.serving.fakes import BASE_DIGEST, adapter
 from tests.serving.models import Published
-from tidepool.errors import ClusterError, EngineBusyError, ModelError, RequestError
+from tidepool.errors import ClusterError, EngineBusyError, ModelError, RequestError, StoreUnreachableError
 from tidepool.inference.engine import Output
 from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.models import ModelSource
@@ -247,6 +247,34 @@ def test_a_busy_replica_is_passed_over_and_the_client_told_when_all_are() -> Non
             second.errors = [EngineBusyError("full too")]
             with pytest.raises(EngineBusyError, match="full"):
                 await frames_of(one.fleet, call_of())
+
+    play(run)
+
+
+def test_a_replica_that_cannot_get_the_adapter_is_passed_over_too() -> None:
+    async def run() -> None:
+        first, second = Counting(), Counting()
+        first.errors = [StoreUnreachableError("away")]
+        async with scene(first, second) as one:
+            assert text_of(await frames_of(one.fleet, call_of("r", adapter()))) == "01234"
+            first.errors, second.errors = [ModelError("broken")], [ModelError("broken")]
+            with pytest.raises(ModelError, match="broken"):
+                await frames_of(one.fleet, call_of("r", adapter()))
+
+    play(run)
+
+
+def test_a_request_that_was_taken_waits_for_a_replica_that_is_busy() -> None:
+    async def run() -> None:
+        first, second = Counting(), Counting()
+        first.stops_after = 2
+        async with scene(first, second) as one:
+            asked = asyncio.create_task(frames_of(one.fleet, call_of()))
+            await first.stopped.wait()
+            second.errors = [EngineBusyError("all adapters are in use")] * 2
+            cut(one.hosts["a"])
+            assert text_of(await asked) == "01234"
+            assert len(second.calls) == 3
 
     play(run)
 

@@ -2,7 +2,8 @@
 
 Invariants:
 - A replica that dies, is silent for `SILENCE_S`, or hands a request back costs its client nothing but time (`serving.replay`).
-- A replica that says that it is busy is passed over while another one is not; a client learns of it when all are.
+- A replica that is busy, or cannot get the adapter, is passed over while there is another one; a client learns of it when none is
+  left, unless it has been promised an answer: then it waits.
 - A request to a base that has no replica now waits for one, for as long as its gateway lets it.
 - A request whose frames are closed is cancelled at its replica.
 """
@@ -14,7 +15,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iter
 from contextlib import aclosing, suppress
 from dataclasses import replace
 
-from tidepool.errors import ClusterError, EngineBusyError
+from tidepool.errors import ClusterError, EngineBusyError, ModelError, StoreError
 from tidepool.registry import ModelVersion
 from tidepool.serving.backend import Call, Frame
 from tidepool.serving.channel import Channel, ChannelClosedError, connect
@@ -44,6 +45,7 @@ from tidepool.serving.wire import (
 SILENCE_S = 10.0
 _RETRY_S = (0.1, 0.2, 0.5, 1.0)
 _WAKE_AGAIN_S = 5.0
+_TAKEN_RETRY_S = 0.5
 _logger = logging.getLogger(__name__)
 
 Wake = Callable[[str], Awaitable[None]]
@@ -58,7 +60,6 @@ class Link:
         self._reported: ReplicaState | None = None
         self._asked: dict[str, asyncio.Queue[Told | Done | Failed | Gone]] = {}
         self._num_asked_then = 0  # when the last report came
-        self._brought: set[str] = set()  # adapters and prefixes of what was submitted since then
         self._task = asyncio.create_task(self._stay_connected())
 
     @property
@@ -67,19 +68,11 @@ class Link:
         if self._reported is None:
             return None
         load = self._reported.num_running + self._reported.num_queued + len(self._asked) - self._num_asked_then
-        return replace(
-            self._reported,
-            adapters=self._reported.adapters | self._brought,
-            prefixes=self._reported.prefixes | self._brought,
-            num_running=0,
-            num_queued=max(load, len(self._asked)),
-        )
+        return replace(self._reported, num_running=0, num_queued=max(load, len(self._asked)))
 
     async def ask(self, call: Call, need: Need) -> AsyncGenerator[Frame, None]:
         """The frames of a call. Raises what the replica raised, `ReplicaLostError`."""
-        self._brought.update(need.prefixes)
-        if need.adapter is not None:
-            self._brought.add(need.adapter)
+        self._expect(need)
         async with aclosing(self._say(call.request_id, Submit(call))) as frames:
             async for frame in frames:
                 yield frame
@@ -90,6 +83,13 @@ class Link:
         async with aclosing(self._say(request_id, Warm(request_id, version))) as frames:
             async for _ in frames:
                 pass
+
+    def _expect(self, need: Need) -> None:
+        """It is about to hold what this request needs."""
+        known = self._reported
+        adapters = {need.adapter} if need.adapter is not None else set()
+        if known is not None and not (adapters <= known.adapters and known.prefixes.issuperset(need.prefixes)):
+            self._reported = replace(known, adapters=known.adapters | adapters, prefixes=known.prefixes.union(need.prefixes))
 
     async def _say(self, request_id: str, message: Submit | Warm) -> AsyncGenerator[Frame, None]:
         """Say something that is answered by frames and an end."""
@@ -151,7 +151,6 @@ class Link:
         if not report.has_prefixes and before is not None:
             state = replace(state, prefixes=before.prefixes)
         self._reported, self._num_asked_then = state, len(self._asked)
-        self._brought.clear()
         if before is None or before.is_leaving != state.is_leaving:
             self._changed()
 
@@ -226,9 +225,9 @@ class Fleet:
         """See `Backend.generate`."""
         replay = Replay(call)
         need = Need(call.adapter.digest if call.adapter else None, prefix_digests(call) if call.task == "generate" else ())
-        num_asked, busy = 0, set[str]()
+        num_asked, unable = 0, set[str]()
         while True:
-            link = await self._link_for(call.base_digest, need, busy)
+            link = await self._link_for(call.base_digest, need, unable)
             num_asked += 1
             attempt = replace(replay.call, request_id=f"{call.request_id}.{num_asked}")
             try:
@@ -237,15 +236,18 @@ class Fleet:
                         if (told := replay.take(frame)) is not None:
                             yield told
                 return
-            except EngineBusyError:
-                busy.add(link.endpoint.replica_id)
-                if self._choose(call.base_digest, need, busy) is None:
-                    raise
+            except (EngineBusyError, ModelError, StoreError):
+                unable.add(link.endpoint.replica_id)
+                if self._choose(call.base_digest, need, unable) is None:
+                    if not replay.is_taken:
+                        raise
+                    await asyncio.sleep(_TAKEN_RETRY_S)  # it was promised an answer
+                    unable.clear()
             except ReplicaLostError as error:
                 if not isinstance(error, HandedBackError):
                     replay.lose()
                 self.num_replays += 1
-                busy.clear()
+                unable.clear()
 
     async def _link_for(self, base_digest: str, need: Need, but: set[str]) -> Link:
         while (link := self._choose(base_digest, need, but)) is None:

@@ -27,20 +27,21 @@ class Replay:
         self._call = call if call.sampling.seed is not None else replace(call, sampling=replace(call.sampling, seed=secrets.randbits(63)))
         self._tokens: list[list[int]] = [[] for _ in range(call.sampling.n)]
         self._ended: set[int] = set()
-        self._is_taken = False
+        self.is_taken = False
+        """Whether a replica took it, and the client was told so."""
         self._num_in_vain = 0
 
     @property
     def call(self) -> Call:
         """What to send to a replica now."""
-        if not self._is_taken or self._call.task != "generate":
+        if not self.is_taken or self._call.task != "generate":
             return self._call
         return replace(self._call, resumed=tuple(map(tuple, self._tokens)))
 
     def take(self, frame: Frame) -> Frame | None:
         """Take in what a replica says; returns it if the client has not been told yet."""
         if isinstance(frame, Started):
-            is_new, self._is_taken = not self._is_taken, True
+            is_new, self.is_taken = not self.is_taken, True
             return frame if is_new else None
         if not isinstance(frame, Output):
             return frame
