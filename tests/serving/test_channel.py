@@ -73,6 +73,7 @@ TOLD = [
     Told("r", Started(5, (1, 2), "the tide")),
     Told("r", Spelling({3: b"\xf0\x9f"})),
     Told("r", Output((1,), "a", None, 2, (TokenLogprobs(1, float("-inf"), ((2, -0.1),)),), (None, TokenLogprobs(4, -0.5)))),
+    Told("r", Output((), "", "stop", embedding=(0.1, -2.5e-8))),
     Done("r"),
     Failed("r", "EngineBusyError", "full"),
     Gone("r", is_handed_back=True),
