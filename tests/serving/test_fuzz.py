@@ -47,6 +47,8 @@ def fuzz(app: FastAPI, method: str, path: str, num_cases: int, leave_out: tuple[
             case.body = {name: case.body[name] for name in fields}
             if is_known and isinstance(case.body.get("model"), str):
                 case.body["model"] = "tides"
+                if "messages" in case.body and len(kept) < 2:  # nearly all that are made have no content, which is one refusal
+                    case.body["messages"] = [{"role": "user", "content": "the tide"}]
         statuses[case.call_and_validate(checks=CHECKS).status_code] += 1
 
     send()
