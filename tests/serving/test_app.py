@@ -69,6 +69,18 @@ def test_the_application_is_built_from_the_arguments_of_serve(published: Publish
         build({"store": published.store_url, "model": ["bot"]})
 
 
+def test_a_model_between_bounds_is_scaled_by_our_policy(published: Published) -> None:
+    scale = {"min": 0, "max": 3, "ttft_s": 2.0, "up_after_s": 0.5, "down_after_s": 7, "zero_after_s": 8}
+    application = build({"store": published.store_url, "models": ["bot"], "replicas": {"scale": scale}})
+    [engines] = application._bound_deployment.init_args[2].values()
+    config = engines._bound_deployment._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas) == (0, 3)
+    assert (config.upscale_delay_s, config.downscale_delay_s, config.downscale_to_zero_delay_s) == (0.5, 7, 8)
+    policy = config.policy.get_policy()(**config.policy.policy_kwargs)
+    context = SimpleNamespace(raw_metrics={"occupancy": {"a": [SimpleNamespace(value=1.4)]}}, current_num_replicas=1, target_num_replicas=1)
+    assert policy(context) == (2, {})
+
+
 def test_the_shipped_file_is_what_ray_and_we_accept() -> None:
     value = yaml.safe_load((ROOT / "serve/serve.yaml").read_text())
     config = ServeDeploySchema.model_validate(value)

@@ -408,6 +408,22 @@ def test_a_request_that_waits_can_leave_and_one_whose_only_replica_died_waits_fo
     play(run)
 
 
+def test_a_directory_that_forgets_everybody_costs_nothing_while_replicas_are_connected() -> None:
+    async def run() -> None:
+        first, second = Counting(), Counting()
+        first.stops_after = 2
+        async with scene(first, second) as one:
+            asked = asyncio.create_task(frames_of(one.fleet, call_of()))
+            await first.stopped.wait()
+            one.fleet.update([])
+            assert text_of(await frames_of(one.fleet, call_of("new"))) == "01234"
+            cut(one.hosts["a"])
+            assert text_of(await asked) == "01234"
+            assert set(one.fleet.states(BASE_DIGEST)) == {"b"}
+
+    play(run)
+
+
 # --- Real engines ----------------------------------------------------------------------------------------------------
 
 
