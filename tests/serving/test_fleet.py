@@ -1,6 +1,7 @@
 """A gateway's replicas, without Ray: who is asked, who finishes what another one began, and what waits for a replica."""
 
 import asyncio
+import random
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -29,7 +30,7 @@ class Counting:
     """A replica whose answers count on from what was resumed; it does what its fields say."""
 
     def __init__(self, num_tokens: int = 5) -> None:
-        self.num_tokens = num_tokens
+        self.num_tokens, self.pause_s = num_tokens, 0.001 if num_tokens > 50 else 0.0
         self.calls: list[Call] = []
         self.cancelled: list[str] = []
         self.loaded: set[str] = set()
@@ -57,6 +58,7 @@ class Counting:
                     self.stopped.set()
                     await asyncio.Event().wait()
                 yield Output((token,), str(token), "length" if token == self.num_tokens - 1 else None)
+                await asyncio.sleep(self.pause_s)
         except asyncio.CancelledError:
             self.cancelled.append(call.request_id)
             raise
@@ -231,6 +233,31 @@ def test_a_request_that_breaks_one_replica_after_the_other_is_given_up() -> None
                         replica.stopped.clear()
             with pytest.raises(ClusterError, match="one after the other"):
                 await asked
+
+    play(run)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_whatever_is_lost_when_nothing_is_missing_and_nothing_comes_twice(seed: int) -> None:
+    """Replicas are killed or must go, at random, and others come, while forty requests of a hundred tokens are answered."""
+
+    async def run() -> None:
+        rng = random.Random(seed)
+        async with scene(Counting(100), Counting(100), Counting(100)) as one:
+            asked = [asyncio.create_task(frames_of(one.fleet, call_of(f"r{index}"))) for index in range(40)]
+            for number in range(8):
+                await asyncio.sleep(rng.random() * 0.02)
+                name = rng.choice(sorted(one.endpoints))
+                if rng.random() < 0.5:
+                    cut(one.hosts[name])
+                else:
+                    await one.hosts[name].leave(patience_s=rng.random() * 0.02)
+                one.remove(name)
+                await one.add(f"new-{number}", Counting(100))
+            for frames in await asyncio.gather(*asked):
+                assert [frame.token_ids for frame in frames if isinstance(frame, Output)] == [(token,) for token in range(100)]
+                assert frames.count(Started(3)) == 1
+            assert one.fleet.num_replays > 20
 
     play(run)
 

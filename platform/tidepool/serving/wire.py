@@ -4,7 +4,7 @@ A gateway submits calls and cancels them. A replica tells the frames of each, an
 ours, or gone: it will not finish this one, whoever asks has to send it elsewhere. Besides, it reports its state.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter
@@ -35,7 +35,7 @@ class Endpoint:
     base_digest: str
     host: str
     port: int
-    secret: str
+    secret: str = field(repr=False)
 
 
 @dataclass(frozen=True)
