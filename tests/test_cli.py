@@ -116,6 +116,19 @@ def test_promote_and_rollback_move_an_alias_and_say_where_it_is(capsys: Captured
     assert "(history: 2 -> 1 -> 2)" in "\n".join(said(capsys, "models", "show", "bot", "--store", url))
 
 
+def test_a_canary_gets_a_share_and_a_rollback_takes_it_back(capsys: Captured, url: str) -> None:
+    said(capsys, "models", "promote", "bot@1", "--alias", "shared", "--store", url)
+    assert said(capsys, "models", "promote", "bot@2", "--alias", "shared", "--canary", "0.25", "--store", url) == [
+        "bot@2 gets 0.25 of the requests to bot:shared now."
+    ]
+    assert "alias  shared = bot@1, and 0.25 of it bot@2 (history: 1 -> 1 and 2)" in "\n".join(
+        said(capsys, "models", "show", "bot", "--store", url)
+    )
+    assert said(capsys, "models", "rollback", "bot", "--alias", "shared", "--store", url) == ["bot:shared is bot@1 now."]
+    message = refusal(capsys, "models", "promote", "bot@2", "--alias", "shared", "--canary", "2", "--store", url)
+    assert "between 0 and 1, not 2" in message
+
+
 def test_promote_with_what_is_expected_does_it_only_then(capsys: Captured, url: str) -> None:
     message = refusal(capsys, "models", "promote", "bot@1", "--expected", "1", "--store", url)
     assert "bot:production points to bot@2, not to bot@1: look again" in message

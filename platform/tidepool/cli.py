@@ -72,8 +72,9 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
     promote.add_argument("model", help="name@version")
     promote.add_argument("--alias", default="production")
     promote.add_argument("--expected", type=int, metavar="VERSION", help="do it only if the alias points to this version now")
+    promote.add_argument("--canary", type=float, metavar="SHARE", help="leave the alias, and give the version this share of its requests")
     promote.set_defaults(run=_promote)
-    rollback = commands.add_parser("rollback", help="point an alias at the version it pointed to before")
+    rollback = commands.add_parser("rollback", help="take the last move of an alias back, a canary too")
     rollback.add_argument("model", help="name")
     rollback.add_argument("--alias", default="production")
     rollback.set_defaults(run=_rollback)
@@ -127,8 +128,10 @@ def _show_model(options: argparse.Namespace) -> None:
     for key, value in _details(version).items():
         print(f"{key:>13}  {value}")
     for alias, number in sorted(registry.aliases(version.name).items()):
-        history = " -> ".join(str(entry.number) for entry in registry.history(version.name, alias))
-        print(f"{'alias':>13}  {alias} = {version.name}@{number} (history: {history})")
+        moves = registry.history(version.name, alias)
+        history = " -> ".join(f"{move.number}" + (f" and {move.canary.number}" if move.canary else "") for move in moves)
+        beside = f", and {moves[-1].canary.weight:.3g} of it {version.name}@{moves[-1].canary.number}" if moves[-1].canary else ""
+        print(f"{'alias':>13}  {alias} = {version.name}@{number}{beside} (history: {history})")
     for file in version.files:
         print(f"{'file':>13}  {file.path}  {file.size_bytes} bytes  sha256 {file.sha256}")
 
@@ -145,8 +148,11 @@ def _promote(options: argparse.Namespace) -> None:
     name, _, number = options.model.partition("@")
     if not number.isdigit():
         raise SpecError(f"Which version of {name}? Give {name}@VERSION; `tidepool models list` shows them.")
-    registry.promote(name, int(number), options.alias, expected=options.expected)
-    print(f"{name}:{options.alias} is {name}@{number} now.")
+    registry.promote(name, int(number), options.alias, expected=options.expected, canary_weight=options.canary)
+    if options.canary is None:
+        print(f"{name}:{options.alias} is {name}@{number} now.")
+    else:
+        print(f"{name}@{number} gets {options.canary:.3g} of the requests to {name}:{options.alias} now.")
 
 
 def _rollback(options: argparse.Namespace) -> None:

@@ -78,6 +78,8 @@ def environment(store_url: str) -> dict[str, str]:
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
         "RAY_JOB_STOP_WAIT_TIME_S": "60",
         "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+        "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+        "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # what Serve has here can go nowhere: waiting for it costs 30 s
     }
@@ -125,13 +127,16 @@ def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False, f
     return cluster
 
 
-def serve(cluster: LocalCluster, models: Sequence[str]) -> None:
-    """Serve models by registry name on the cluster's HTTP port; returns when they answer. Raises `ClusterError`."""
+def serve(cluster: LocalCluster, models: Sequence[str], **options: Any) -> None:
+    """Serve models by registry name on the cluster's HTTP port; returns when they answer. `options`: other keys of a serving spec.
+
+    Raises `ClusterError`.
+    """
     application = {
         "name": _APPLICATION,
         "route_prefix": "/",
         "import_path": "serve.app:build",
-        "args": {"store": cluster.store_url, "models": list(models)},
+        "args": {"store": cluster.store_url, "models": list(models), **options},
     }
     http = {"host": "127.0.0.1", "port": cluster.http_port}
     url = f"{cluster.dashboard_url}/api/serve/applications/"

@@ -262,10 +262,16 @@ class ElasticSpec(Spec):
 
 
 class PublishSpec(Spec):
-    """The registry name that the result is published under, and the alias that moves to it."""
+    """The registry name that the result is published under, and the alias that moves to it.
+
+    `every_steps`: publish while the run goes on, too, wherever the held-out loss is measured at such a step. `max_held_out_loss`: the
+    alias moves only to versions whose held-out loss is not above this.
+    """
 
     model: Name
     alias: Name | None = "production"
+    every_steps: Count | None = None
+    max_held_out_loss: Annotated[float, Field(gt=0)] | None = None
 
 
 class RunSpec(StoredSpec):
@@ -280,6 +286,16 @@ class RunSpec(StoredSpec):
     workers: WorkersSpec = WorkersSpec()
     elastic: ElasticSpec = ElasticSpec()
     publish: PublishSpec | None = None
+
+    @model_validator(mode="after")
+    def _measured_first(self) -> Self:
+        every = self.publish.every_steps if self.publish else None
+        if every is not None and every % self.training.evaluate_every_steps:
+            raise ValueError(
+                f"publish.every_steps ({every}) must be a multiple of training.evaluate_every_steps "
+                f"({self.training.evaluate_every_steps}): what is published has been measured"
+            )
+        return self
 
     @model_validator(mode="after")
     def _enough_shards(self) -> Self:
@@ -327,10 +343,32 @@ class EngineSpec(Spec):
     threads: Count = 1
 
 
+class ScaleSpec(Spec):
+    """Between how many replicas a base model has as its traffic goes, and when: `min` 0 lets it go to none while nobody asks.
+
+    `ttft_s` is the time to the first token that replicas are added for. `up_after_s`, `down_after_s`, `zero_after_s`: how long more are
+    needed before one comes, fewer before one goes, and none before the last one goes.
+    """
+
+    min: Annotated[int, Field(ge=0)] = 1
+    max: Count
+    ttft_s: Annotated[float, Field(gt=0)] = 1.0
+    up_after_s: Annotated[float, Field(ge=0)] = 1.0
+    down_after_s: Annotated[float, Field(ge=0)] = 60.0
+    zero_after_s: Annotated[float, Field(ge=0)] = 300.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) exceeds max ({self.max})")
+        return self
+
+
 class ReplicasSpec(Spec):
-    """Replicas of each base model's deployment, and what each of them gets."""
+    """Replicas of each base model's deployment (so many, or as `scale` says), and what each of them gets."""
 
     num_replicas: Count = 1
+    scale: ScaleSpec | None = None
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
 

@@ -265,3 +265,41 @@ def test_a_damaged_entry_is_told(registry: Registry, store: ObjectStore, tmp_pat
         with pytest.raises(RegistryError, match=f"Version {number} of bot in the registry is damaged"):
             registry.resolve(f"bot@{number}")
     assert registry.resolve("bot").number == 1
+
+
+# --- Canaries --------------------------------------------------------------------------------------------------------
+
+
+def test_a_canary_stands_beside_the_version_of_an_alias_until_it_is_promoted_or_rolled_back(registry: Registry, tmp_path: Path) -> None:
+    for content in "abc":
+        _publish(registry, tmp_path, content, alias=None)
+    registry.promote("bot", 1)
+    registry.promote("bot", 2, canary_weight=0.25)
+    meaning = registry.meaning("bot")
+    assert (meaning.version.number, meaning.canary and meaning.canary.number, meaning.weight) == (1, 2, 0.25)
+    assert registry.resolve("bot").number == registry.aliases("bot")["production"] == 1
+    registry.promote("bot", 3, canary_weight=0.5)
+    assert registry.rollback("bot").number == 1
+    assert registry.meaning("bot") == meaning, "the canary before"
+    registry.promote("bot", 2, expected=1)
+    assert (registry.meaning("bot").version.number, registry.meaning("bot").canary) == (2, None)
+    registry.rollback("bot")
+    registry.rollback("bot")
+    assert (registry.meaning("bot").version.number, registry.meaning("bot").canary) == (1, None)
+    assert registry.meaning("bot@2").version.number == 2
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0, -1.0, float("nan")])
+def test_a_canary_that_makes_no_sense_is_refused(registry: Registry, tmp_path: Path, weight: float) -> None:
+    for content in "ab":
+        _publish(registry, tmp_path, content, alias=None)
+    with pytest.raises(RegistryError, match="points to nothing yet"):
+        registry.promote("bot", 2, canary_weight=0.5)
+    registry.promote("bot", 1)
+    with pytest.raises(RegistryError, match="between 0 and 1"):
+        registry.promote("bot", 2, canary_weight=weight)
+    with pytest.raises(RegistryError, match="itself"):
+        registry.promote("bot", 1, canary_weight=0.5)
+    with pytest.raises(AliasMovedError):
+        registry.promote("bot", 2, canary_weight=0.5, expected=2)
+    assert len(registry.history("bot")) == 1

@@ -37,10 +37,12 @@ class Published:
     adapters: Sequence[ModelVersion]
 
 
-def publish(store_url: str, folder: Path, base: str = "tides", adapter: str = "bot", num_adapters: int = 1) -> Published:
+def publish(
+    store_url: str, folder: Path, base: str = "tides", adapter: str = "bot", num_adapters: int = 1, context_length: int = 128
+) -> Published:
     """Publish a base and `num_adapters` versions of one adapter."""
     tokenizer = train_tokenizer([TEXT] * 4, vocab_size=300)
-    model = build_model(CONFIG, len(tokenizer), seed=1, tokenizer=tokenizer)
+    model = build_model(CONFIG | {"max_position_embeddings": context_length}, len(tokenizer), seed=1, tokenizer=tokenizer)
     export_model(model, tokenizer, folder / base)
     version = Registry(open_store(store_url)).publish(base, "full", folder / base, lineage={"run": base}, metrics={})
     published = Published(store_url, model, tokenizer, version, ())

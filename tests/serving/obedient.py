@@ -5,10 +5,15 @@ import os
 from collections.abc import AsyncGenerator
 
 import ray
+from ray.serve.handle import DeploymentHandle
 
+from tests.serving.fakes import BASE_DIGEST
 from tidepool.errors import EngineBusyError, RequestError
 from tidepool.inference.engine import Output
+from tidepool.registry import ModelVersion
+from tidepool.serving.app import Presence
 from tidepool.serving.backend import Call, Frame, Started
+from tidepool.serving.host import Load, ReplicaHost
 
 SIGNALS, NAMESPACE = "signals", "serving-test"
 
@@ -34,6 +39,12 @@ class Signals:
 class Obedient:
     """Does what the prompt says, and tells when it was cancelled."""
 
+    def load(self) -> Load:
+        return Load(0, 0, frozenset(), 10, 10, 1000)
+
+    async def load_adapter(self, version: ModelVersion) -> None:
+        raise AssertionError(version)
+
     async def generate(self, call: Call) -> AsyncGenerator[Frame, None]:
         match call.prompt:
             case "busy":
@@ -42,10 +53,27 @@ class Obedient:
                 raise RequestError("wrong")
         try:
             yield Started(os.getpid())
-            yield Output((1,), "a")
-            if "wait" in str(call.prompt):
-                await asyncio.Event().wait()
+            if not (call.resumed and call.resumed[0]):
+                yield Output((1,), "a")
+                if "wait" in str(call.prompt):
+                    await asyncio.Event().wait()
             yield Output((2,), "b", "stop")
         except asyncio.CancelledError:
             await ray.get_actor(SIGNALS, NAMESPACE).tell.remote(f"cancelled {call.prompt}")
             raise
+
+
+class ObedientReplica:
+    """The same as a deployment of Serve's, where gateways find it as they find replicas of engines."""
+
+    async def __init__(self, directory: DeploymentHandle) -> None:  # type: ignore[misc]
+        self._host = ReplicaHost(Obedient())
+        endpoint = await self._host.open(f"obedient-{os.getpid()}", BASE_DIGEST, "127.0.0.1")
+        self._presence = Presence(endpoint, directory)
+
+    async def wake(self) -> None:
+        """See `EngineReplica.wake`."""
+
+    async def __del__(self) -> None:
+        await self._presence.end()
+        await self._host.leave(0.1)

@@ -23,7 +23,7 @@ from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
 from tests.serving.local import served
 from tidepool.errors import RegistryError, SpecError, StoreUnreachableError
 from tidepool.inference.engine import Output
-from tidepool.registry import ModelVersion
+from tidepool.registry import Meaning
 from tidepool.serving.access import check_address
 from tidepool.serving.backend import Started
 from tidepool.serving.gateway import build_gateway
@@ -37,7 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMPLETION = {"model": "tides", "prompt": "hi", "max_tokens": 4}
 
 
-def lookup(ref: str) -> ModelVersion:
+def lookup(ref: str) -> Meaning:
     raise RegistryError(f"No version like {ref}.")
 
 

@@ -10,15 +10,13 @@ import httpx
 import pytest
 import yaml
 from ray import serve
-from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.config import HTTPOptions
-from ray.serve.exceptions import BackPressureError
 from ray.serve.schema import ServeDeploySchema
 
 from tests.serving.models import Published
-from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryError, RequestError, SpecError
+from tidepool.errors import ModelError, RegistryError, SpecError
 from tidepool.registry import Registry
-from tidepool.serving.app import Gateway, _tidepool_error, build
+from tidepool.serving.app import Gateway, build
 from tidepool.serving.keys import KeyLog
 from tidepool.serving.plan import plan_serving
 from tidepool.specs import GatewaySpec, ServingSpec, parse_spec
@@ -71,6 +69,18 @@ def test_the_application_is_built_from_the_arguments_of_serve(published: Publish
         build({"store": published.store_url, "model": ["bot"]})
 
 
+def test_a_model_between_bounds_is_scaled_by_our_policy(published: Published) -> None:
+    scale = {"min": 0, "max": 3, "ttft_s": 2.0, "up_after_s": 0.5, "down_after_s": 7, "zero_after_s": 8}
+    application = build({"store": published.store_url, "models": ["bot"], "replicas": {"scale": scale}})
+    [engines] = application._bound_deployment.init_args[2].values()
+    config = engines._bound_deployment._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas) == (0, 3)
+    assert (config.upscale_delay_s, config.downscale_delay_s, config.downscale_to_zero_delay_s) == (0.5, 7, 8)
+    policy = config.policy.get_policy()(**config.policy.policy_kwargs)
+    context = SimpleNamespace(raw_metrics={"occupancy": {"a": [SimpleNamespace(value=1.4)]}}, current_num_replicas=1, target_num_replicas=1)
+    assert policy(context) == (2, {})
+
+
 def test_the_shipped_file_is_what_ray_and_we_accept() -> None:
     value = yaml.safe_load((ROOT / "serve/serve.yaml").read_text())
     config = ServeDeploySchema.model_validate(value)
@@ -81,15 +91,12 @@ def test_the_shipped_file_is_what_ray_and_we_accept() -> None:
     assert spec == ServingSpec(store="memory://x", models=["tidepool-source-base", "tidepool-source-lora"])  # it shows the defaults
 
 
-def test_errors_of_serve_become_ours() -> None:
-    wrapped = RayTaskError("generate", "traceback", RequestError("bad")).as_instanceof_cause()
-    assert type(_tidepool_error(wrapped)) is RequestError
-    assert str(_tidepool_error(wrapped)) == "bad"
-    foreign = RayTaskError("generate", "traceback", KeyError("x"))
-    assert _tidepool_error(foreign) is foreign
-    assert type(_tidepool_error(BackPressureError(1, 1))) is EngineBusyError
-    assert type(_tidepool_error(ActorDiedError())) is ClusterError
-    assert isinstance(_tidepool_error(ValueError("x")), ValueError)
+class Silent:
+    """The handle of a directory that answers nobody."""
+
+    @property
+    def watch(self) -> Any:
+        return SimpleNamespace(remote=lambda *_: asyncio.Event().wait())
 
 
 def constructed(published: Published, host: str, monkeypatch: pytest.MonkeyPatch, **gateway: Any) -> Any:
@@ -98,17 +105,18 @@ def constructed(published: Published, host: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("tidepool.serving.app._get_global_client", lambda: client)
     spec = ServingSpec(store=published.store_url, models=["bot"], gateway=GatewaySpec(**gateway))
     found = plan_serving(spec, open_store(published.store_url))
-    return Gateway(spec, found.models, {}).__serve_build_asgi_app__()
+    gateway = Gateway(spec, found.models, {}, Silent())  # type: ignore[arg-type]
+    return gateway.__serve_build_asgi_app__()
 
 
 def test_a_gateway_that_others_reach_is_not_constructed_without_keys(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
-    constructed(published, "127.0.0.1", monkeypatch)
-    with pytest.raises(SpecError, match=r"would listen on 0\.0\.0\.0 and ask nobody for a key"):
-        constructed(published, "0.0.0.0", monkeypatch)
-    app = constructed(published, "0.0.0.0", monkeypatch, require_keys=True)
-    _, secret = KeyLog(open_store(published.store_url)).create("one")
 
     async def statuses() -> list[int]:
+        constructed(published, "127.0.0.1", monkeypatch)
+        with pytest.raises(SpecError, match=r"would listen on 0\.0\.0\.0 and ask nobody for a key"):
+            constructed(published, "0.0.0.0", monkeypatch)
+        app = constructed(published, "0.0.0.0", monkeypatch, require_keys=True)
+        _, secret = KeyLog(open_store(published.store_url)).create("one")
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tidepool") as client:
             headers: list[dict[str, str]] = [{}, {"Authorization": f"Bearer {secret}"}]
             return [(await client.get("/admin/keys", headers=one)).status_code for one in headers]

@@ -59,6 +59,8 @@ def fuzz(app: Starlette, method: str, path: str, num_cases: int, leave_out: tupl
                 case.body["messages"] = [plain(message) for message in messages]
             if is_known and isinstance(case.body.get("model"), str):
                 case.body["model"] = "tides"
+                if "messages" in case.body and len(kept) < 2:  # nearly all that are made have no content, which is one refusal
+                    case.body["messages"] = [{"role": "user", "content": "the tide"}]
         statuses[case.call_and_validate(checks=CHECKS).status_code] += 1
 
     send()

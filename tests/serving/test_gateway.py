@@ -16,7 +16,7 @@ from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryE
 from tidepool.inference.engine import Output
 from tidepool.inference.log_probabilities import TokenLogprobs
 from tidepool.inference.sampling_parameters import SamplingParameters
-from tidepool.registry import ModelVersion
+from tidepool.registry import Meaning
 from tidepool.serving import gateway as gateway_module
 from tidepool.serving.api.ask import Ask
 from tidepool.serving.backend import Call, Chat, ContextLengthError, Message, Spelling, Started
@@ -29,7 +29,7 @@ CHAT = {"model": "bot", "messages": [{"role": "user", "content": "hi"}]}
 COMPLETION = {"model": "tides", "prompt": "hi", "max_tokens": 4}
 
 
-def lookup(ref: str) -> ModelVersion:
+def lookup(ref: str) -> Meaning:
     if ref == "bot@7":
         raise StoreUnreachableError("file:///secret/place does not answer")
     raise RegistryError(f"No version like {ref}.")

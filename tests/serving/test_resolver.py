@@ -4,31 +4,32 @@ import asyncio
 import logging
 import threading
 from collections.abc import Mapping
+from typing import Any
 
 import pytest
 
 from tests.serving.fakes import BASE_DIGEST, adapter, full
-from tidepool.errors import ClusterError, RegistryError, StoreUnreachableError
-from tidepool.registry import ModelVersion
+from tidepool.errors import ClusterError, ModelError, RegistryError, StoreUnreachableError
+from tidepool.registry import Meaning, ModelVersion
 from tidepool.serving.resolver import Resolver
 
 
 class FakeRegistry:
     """What names mean now, by a mapping; counts the questions, and can be away."""
 
-    def __init__(self, meanings: Mapping[str, ModelVersion | Exception]) -> None:
+    def __init__(self, meanings: Mapping[str, ModelVersion | Meaning | Exception]) -> None:
         self.meanings = dict(meanings)
         self.questions: list[str] = []
         self.gate = threading.Event()
         self.gate.set()
 
-    def resolve(self, ref: str) -> ModelVersion:
+    def meaning(self, ref: str) -> Meaning:
         self.questions.append(ref)
         assert self.gate.wait(10)
         meaning = self.meanings.get(ref, RegistryError(f"No {ref}."))
         if isinstance(meaning, Exception):
             raise meaning
-        return meaning
+        return Meaning(meaning) if isinstance(meaning, ModelVersion) else meaning
 
 
 class Clock:
@@ -39,9 +40,10 @@ class Clock:
         return self.now
 
 
-def resolver_of(registry: FakeRegistry, deployed: Mapping[str, ModelVersion] | None = None) -> tuple[Resolver, Clock]:
+def resolver_of(registry: FakeRegistry, deployed: Mapping[str, ModelVersion] | None = None, **rest: Any) -> tuple[Resolver, Clock]:
     clock = Clock()
-    return Resolver(registry.resolve, deployed or {"tides": full(), "bot": adapter()}, {BASE_DIGEST}, ttl_s=2.0, clock=clock), clock
+    deployed = deployed or {"tides": full(), "bot": adapter()}
+    return Resolver(registry.meaning, deployed, {BASE_DIGEST}, ttl_s=2.0, clock=clock, **rest), clock
 
 
 def test_a_name_is_asked_again_after_the_ttl_and_a_number_never() -> None:
@@ -181,3 +183,157 @@ def test_the_last_served_version_is_the_newest_one_that_could_be_served() -> Non
 def test_all_entries_are_listed_with_their_version() -> None:
     resolver, _ = resolver_of(FakeRegistry({}))
     assert {name: version.ref for name, version in asyncio.run(resolver.models()).items()} == {"tides": "tides@1", "bot": "bot@1"}
+
+
+# --- New versions are made ready first -------------------------------------------------------------------------------
+
+
+class Preparation:
+    """Makes versions ready when it is told to, or fails."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.gate = asyncio.Event()
+        self.error: Exception | None = None
+
+    async def __call__(self, version: ModelVersion, instead_of: ModelVersion) -> None:
+        self.asked.append((version.ref, instead_of.ref))
+        await self.gate.wait()
+        if self.error:
+            raise self.error
+
+
+async def settled() -> None:
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+def test_requests_go_on_with_the_version_before_until_the_new_one_is_ready() -> None:
+    async def run() -> None:
+        registry, preparation = FakeRegistry({"bot": adapter(number=2), "tides": full()}), Preparation()
+        resolver, clock = resolver_of(registry, prepare=preparation)
+        clock.now += 3
+        assert (await resolver.resolve("bot")).number == 1
+        clock.now += 3
+        assert (await resolver.resolve("bot")).number == 1
+        assert preparation.asked == [("bot@2", "bot@1")]
+        preparation.gate.set()
+        await settled()
+        assert (await resolver.resolve("bot")).number == 2
+        await resolver.close()
+
+    asyncio.run(run())
+
+
+def test_a_name_that_moved_is_asked_at_once_and_others_are_not() -> None:
+    async def run() -> None:
+        registry, preparation = FakeRegistry({"bot": adapter(number=2), "tides": full(), "bot:canary": adapter(number=2)}), Preparation()
+        preparation.gate.set()
+        resolver, _ = resolver_of(registry, prepare=preparation)
+        await resolver.resolve("bot:canary")
+        registry.questions.clear()
+        await resolver.refresh({"bot"})
+        await settled()
+        assert sorted(registry.questions) == ["bot", "bot:canary"]
+        assert (await resolver.resolve("bot")).number == 2
+        assert sorted(registry.questions) == ["bot", "bot:canary"], "no request asks"
+        await resolver.refresh()
+        assert "tides" in registry.questions
+
+    asyncio.run(run())
+
+
+def test_a_version_that_cannot_be_made_ready_does_not_answer_and_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    async def run() -> None:
+        registry, preparation = FakeRegistry({"bot": adapter(number=2), "tides": full()}), Preparation()
+        preparation.gate.set()
+        preparation.error = ModelError("broken")
+        resolver, clock = resolver_of(registry, prepare=preparation)
+        with caplog.at_level(logging.WARNING, "tidepool"):
+            for _ in range(8):
+                clock.now += 1
+                await resolver.refresh()
+                await settled()
+                assert (await resolver.resolve("bot")).number == 1
+        assert preparation.asked == [("bot@2", "bot@1")] * 2
+        preparation.error = None
+        clock.now += 5
+        await resolver.refresh()
+        await settled()
+        assert (await resolver.resolve("bot")).number == 2
+
+    asyncio.run(run())
+    assert [record.getMessage() for record in caplog.records] == ["bot@2 cannot be made ready (broken): requests go on with bot@1."]
+
+
+def test_a_version_that_takes_long_answers_after_a_while_in_any_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tidepool.serving.resolver.PREPARE_S", 0.05)
+
+    async def run() -> None:
+        resolver, _ = resolver_of(FakeRegistry({"bot": adapter(number=2), "tides": full()}), prepare=Preparation())
+        await resolver.refresh()
+        async with asyncio.timeout(30):
+            while (await resolver.resolve("bot")).number == 1:
+                await asyncio.sleep(0.01)
+
+    asyncio.run(run())
+
+
+def test_an_alias_that_moves_on_while_a_version_is_made_ready_skips_it() -> None:
+    async def run() -> None:
+        registry, preparation = FakeRegistry({"bot": adapter(number=2), "tides": full()}), Preparation()
+        resolver, _ = resolver_of(registry, prepare=preparation)
+        await resolver.refresh()
+        await settled()
+        registry.meanings["bot"] = adapter(number=3)
+        await resolver.refresh()
+        await settled()
+        preparation.gate.set()
+        await settled()
+        assert (await resolver.resolve("bot")).number == 3
+        assert preparation.asked == [("bot@2", "bot@1"), ("bot@3", "bot@1")]
+
+    asyncio.run(run())
+
+
+# --- Canaries ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_canary_answers_its_share_and_no_list_names_it() -> None:
+    draws = iter([0.05, 0.5, 0.099, 0.1])
+
+    async def run() -> None:
+        registry = FakeRegistry({"bot": Meaning(adapter(), adapter(number=2), 0.1)})
+        resolver, clock = resolver_of(registry, draw=lambda: next(draws))
+        clock.now += 3
+        assert [(await resolver.resolve("bot")).number for _ in range(4)] == [2, 1, 2, 1]
+        assert (await resolver.models(lambda name: name == "bot"))["bot"].number == 1
+
+    asyncio.run(run())
+
+
+def test_a_canary_is_made_ready_and_ends_with_the_alias() -> None:
+    async def run() -> None:
+        registry, preparation = FakeRegistry({"bot": Meaning(adapter(), adapter(number=2), 0.5), "tides": full()}), Preparation()
+        resolver, _ = resolver_of(registry, prepare=preparation, draw=lambda: 0.0)
+        await resolver.refresh()
+        await settled()
+        assert (await resolver.resolve("bot")).number == 1
+        preparation.gate.set()
+        await settled()
+        assert (await resolver.resolve("bot")).number == 2
+        registry.meanings["bot"] = adapter()
+        await resolver.refresh()
+        assert (await resolver.resolve("bot")).number == 1
+
+    asyncio.run(run())
+
+
+def test_a_canary_whose_base_is_not_deployed_answers_nothing() -> None:
+    async def run() -> None:
+        registry = FakeRegistry({"bot": Meaning(adapter(), adapter(number=2, base_digest="0f" * 32), 0.9)})
+        resolver, clock = resolver_of(registry, draw=lambda: 0.0)
+        clock.now += 3
+        assert (await resolver.resolve("bot")).number == 1
+
+    asyncio.run(run())

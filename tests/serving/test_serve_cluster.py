@@ -5,7 +5,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from ray import serve
 
 from tests.serving.fakes import BASE_DIGEST, full
 from tests.serving.models import Published, publish, publish_adapter
-from tests.serving.obedient import NAMESPACE, SIGNALS, Obedient, Signals
+from tests.serving.obedient import NAMESPACE, SIGNALS, ObedientReplica, Signals
 from tidepool import local_cluster
-from tidepool.errors import ClusterError, EngineBusyError, RequestError
+from tidepool.errors import EngineBusyError, RequestError
 from tidepool.inference.engine import Output
 from tidepool.local_cluster import LocalCluster
-from tidepool.serving.app import Gateway, ServeBackend
+from tidepool.serving.app import Gateway, directory_deployment, follow
 from tidepool.serving.backend import Call, Frame, Started
+from tidepool.serving.fleet import Fleet
 from tidepool.specs import ServingSpec
 
 pytestmark = pytest.mark.cluster
@@ -119,19 +121,31 @@ def test_chats_streams_and_refusals(client: OpenAI) -> None:
 def obedient_url(cluster: LocalCluster, served: Published) -> Iterator[str]:
     """Our gateway on Serve before a replica that does what it is told."""
     del served  # Serve runs, on the ports of the cluster
-    replica = serve.deployment(Obedient, ray_actor_options={"num_cpus": 0})
+    directory = directory_deployment().bind()
+    replica = serve.deployment(ObedientReplica, name="Obedient", ray_actor_options={"num_cpus": 0})
     gateway = serve.deployment(serve.ingress()(Gateway), ray_actor_options={"num_cpus": 0})
     spec = ServingSpec(store=cluster.store_url, models=["obedient"], resolve_ttl_s=1000)
-    application = gateway.bind(spec, {"obedient": full("obedient")}, {BASE_DIGEST: replica.bind()})
+    application = gateway.bind(spec, {"obedient": full("obedient")}, {BASE_DIGEST: replica.bind(directory)}, directory)
     serve.run(application, name="obedient", route_prefix="/obedient")
     yield cluster.api_url.replace("/v1", "/obedient/v1")
     serve.delete("obedient")
 
 
-@pytest.fixture
-def backend(obedient_url: str) -> ServeBackend:
-    del obedient_url
-    return ServeBackend({BASE_DIGEST: serve.get_deployment_handle("Obedient", "obedient")})
+@asynccontextmanager
+async def fleet() -> AsyncIterator[Fleet]:
+    """A gateway's replicas, in this process: those that the application's directory lists."""
+    one = Fleet()
+
+    async def refresh(_: object) -> None:
+        """Nothing here has a name."""
+
+    following = asyncio.create_task(follow(serve.get_deployment_handle("Directory", "obedient"), one, refresh))
+    try:
+        async with asyncio.timeout(_TIMEOUT_S):
+            yield one
+    finally:
+        following.cancel()
+        await one.close()
 
 
 @pytest.fixture(scope="module")
@@ -146,38 +160,22 @@ def call_of(prompt: str) -> Call:
     return Call("r", BASE_DIGEST, None, prompt)
 
 
-async def frames_of(backend: ServeBackend, prompt: str) -> list[Frame]:
-    return [frame async for frame in backend.generate(call_of(prompt))]
+async def frames_of(one: Fleet, prompt: str) -> list[Frame]:
+    return [frame async for frame in one.generate(call_of(prompt))]
 
 
-def test_a_replicas_errors_arrive_as_they_were_raised(backend: ServeBackend) -> None:
+def test_a_replicas_errors_arrive_as_they_were_raised(obedient_url: str) -> None:
+    del obedient_url
+
     async def run() -> None:
-        assert (await frames_of(backend, "go"))[1:] == [Output((1,), "a"), Output((2,), "b", "stop")]
-        with pytest.raises(EngineBusyError, match="full"):
-            await frames_of(backend, "busy")
-        with pytest.raises(RequestError, match="wrong"):
-            await frames_of(backend, "wrong")
+        async with fleet() as one:
+            assert (await frames_of(one, "go"))[1:] == [Output((1,), "a"), Output((2,), "b", "stop")]
+            with pytest.raises(EngineBusyError, match="full"):
+                await frames_of(one, "busy")
+            with pytest.raises(RequestError, match="wrong"):
+                await frames_of(one, "wrong")
 
     asyncio.run(run())
-
-
-@pytest.mark.parametrize("how", ["close", "cancel"])
-def test_leaving_the_frames_cancels_the_request_at_the_replica(backend: ServeBackend, signals: Any, how: str) -> None:
-    async def run() -> None:
-        frames = backend.generate(call_of(f"wait {how}"))
-        assert [type(await anext(frames)) for _ in range(2)] == [Started, Output]
-        if how == "close":
-            await frames.aclose()
-        else:
-            waiting = asyncio.ensure_future(anext(frames))
-            done, _ = await asyncio.wait({waiting}, timeout=0.1)
-            assert not done
-            waiting.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await waiting
-
-    asyncio.run(run())
-    ray.get(signals.wait_for.remote(f"cancelled wait {how}"), timeout=_TIMEOUT_S)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -198,16 +196,16 @@ def test_statuses_come_through_serve(obedient_url: str) -> None:
         assert response.status_code == status, response.text
 
 
-def test_a_replica_that_dies_in_mid_stream_is_said_to_be_gone(backend: ServeBackend, signals: Any) -> None:
-    del signals
+def test_a_request_whose_only_replica_dies_is_finished_by_the_one_that_serve_starts(obedient_url: str) -> None:
+    del obedient_url
 
     async def run() -> None:
-        frames = backend.generate(call_of("wait"))
-        started = await anext(frames)
-        assert isinstance(started, Started)
-        assert isinstance(await anext(frames), Output)
-        os.kill(started.num_prompt_tokens, signal.SIGKILL)
-        with pytest.raises(ClusterError, match="gone"):
-            await anext(frames)
+        async with fleet() as one:
+            frames = one.generate(call_of("wait"))
+            started = await anext(frames)
+            assert isinstance(started, Started)
+            assert await anext(frames) == Output((1,), "a")
+            os.kill(started.num_prompt_tokens, signal.SIGKILL)
+            assert [frame async for frame in frames] == [Output((2,), "b", "stop")]
 
     asyncio.run(run())

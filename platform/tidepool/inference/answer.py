@@ -1,8 +1,11 @@
 """One answer of a request: what it adds to the scheduler's sequence is the text, and when it ends.
 
 Invariants: each token gives one output; the last one alone has a finish reason. The token that ends a text counts among the
-tokens and is no part of the text. `accept` is quick, since the next step waits for it; `tell` makes the text.
+tokens and is no part of the text. `accept` is quick, since the next step waits for it; `tell` makes the text. All of an answer's state
+is a function of its request and its tokens, so that `resume` makes it anew in another engine.
 """
+
+from collections.abc import Iterable
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,6 +75,14 @@ class Answer:
         if token in self._end_tokens:
             return "stop"
         return None if self._num_left else "length"
+
+    def resume(self, tokens: Iterable[int]) -> FinishReason | None:
+        """Take in the tokens that were told elsewhere; returns what ended the answer, if they did."""
+        for token in tokens:
+            if (reason := self.tell(token, self.accept(token), None).finish_reason) is not None:
+                return reason
+            self.sequence.prompt_logprobs = None  # they were told with the first token
+        return None
 
     def tell(self, token: int, reason: FinishReason | None, logprobs: TokenLogprobs | None) -> Output:
         """What a token that was accepted brings."""

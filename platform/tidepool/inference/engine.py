@@ -22,6 +22,10 @@ class GenerationRequest:
 
     Requests with the same adapter and `fairness_key` share what one client gets of a busy engine. An embedding is asked for with
     `is_embedding`: then the prompt alone is computed, `sampling` says nothing, and the one output holds it.
+
+    `resumed`: this request was taken by another engine, and these are the tokens of each of its answers whose outputs have been told.
+    The engine goes on after them as if they were its own, tells nothing of them again, and does not say that it is busy. Of an answer
+    that had ended with them it tells the end once more, in an output without tokens.
     """
 
     request_id: str
@@ -30,6 +34,7 @@ class GenerationRequest:
     adapter: str | None = None
     fairness_key: str = ""
     is_embedding: bool = False
+    resumed: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True)

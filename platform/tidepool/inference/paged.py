@@ -237,11 +237,31 @@ class PagedEngine:
         for number in range(live.request.sampling.n):
             answer = Answer(live.request, number, self._tokenizer, self._end_tokens, self.context_length, grammar)
             live.answers.append(answer)
-            self._of_sequence[answer.sequence] = live, answer
-            self._scheduler.add(answer.sequence)
+        if live.request.resumed is not None and not self._resume(live, live.request.resumed):
+            return
+        for answer in live.answers:
+            if not answer.is_over:
+                self._of_sequence[answer.sequence] = live, answer
+                self._scheduler.add(answer.sequence)
         if self._driver is None or self._driver.done():
             self._driver = asyncio.get_running_loop().create_task(self._drive())
             self._driver.add_done_callback(self._tell_of_a_bug)
+
+    def _resume(self, live: _Live, resumed: tuple[tuple[int, ...], ...]) -> bool:
+        """Bring each answer to where another engine left off; returns whether there is more to compute."""
+        try:
+            for answer, tokens in zip(live.answers, resumed, strict=True):
+                if reason := answer.resume(tokens):
+                    answer.is_over = True
+                    self._tell(live, Output((), "", reason, answer.number))
+        except Exception as error:  # noqa: BLE001 whatever a tokenizer raises, as in `_tell_all`
+            self._tell(live, error)
+            self._end(live)
+            return False
+        if all(answer.is_over for answer in live.answers):
+            self._end(live)
+            return False
+        return True
 
     def _tell_of_a_bug(self, driver: asyncio.Task[None]) -> None:
         """If the steps end with an error of ours, nobody waits for ever; the scheduler's state is not trusted any more."""
@@ -290,6 +310,9 @@ class PagedEngine:
         if request.adapter is not None and request.adapter not in self._adapters:
             raise RequestError(f"The adapter {request.adapter[:12]} is not loaded: load it first.")
         request.sampling.check(self._num_tokens)
+        if request.resumed is not None:  # it was taken before, and is not refused now
+            _check_resumed(request, self._num_tokens)
+            return
         stats = self.stats()
         if stats.num_running + stats.num_queued + request.sampling.n > self._spec.max_batch_size + self._spec.max_queued_requests:
             raise EngineBusyError(
@@ -331,3 +354,12 @@ class PagedEngine:
 
     def _user_of(self, digest: str) -> _Live | None:
         return next((live for live in self._live.values() if live.request.adapter == digest), None)
+
+
+def _check_resumed(request: GenerationRequest, num_tokens: int) -> None:
+    """Raises `RequestError` for tokens that no answer of this request can have."""
+    resumed = request.resumed or ()
+    if len(resumed) != request.sampling.n:
+        raise RequestError(f"A request for {request.sampling.n} answers is resumed with {len(resumed)}: give the tokens of each.")
+    if unknown := [token for tokens in resumed for token in tokens if not 0 <= token < num_tokens]:
+        raise RequestError(f"The model has no token {unknown[0]}: a request is resumed by the model that began it.")

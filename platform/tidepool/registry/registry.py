@@ -6,6 +6,7 @@
 
 Invariants:
 - A version is visible when its log entry is, and then all of its files are in the store.
+- An alias points to one version, and beside it, while a canary is out, to another one that gets a share of the requests.
 - No version and no alias entry is ever changed. Two writers at once get different numbers, or one is told.
 - Publishing the same files from the same run twice gives one version (a driver may die before it can say that it published).
 - What `fetch` returns has been verified against the sha256 of each file.
@@ -15,7 +16,7 @@ import difflib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,31 @@ _name = TypeAdapter(Name)
 
 
 @dataclass(frozen=True)
+class Canary:
+    """Version `number` gets `weight` of an alias's requests (0 to 1)."""
+
+    number: int
+    weight: float
+
+
+@dataclass(frozen=True)
 class AliasEntry:
-    """One move of an alias, the `entry`th: to version `number`; a rollback takes the move before it back."""
+    """One move of an alias, the `entry`th: to version `number`, and a canary; a rollback takes the move before it back."""
 
     entry: int
     number: int
     is_rollback: bool
     moved_at: str
+    canary: Canary | None = None
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """The versions that a reference means: the second one for `weight` of the requests (0 to 1)."""
+
+    version: ModelVersion
+    canary: ModelVersion | None = None
+    weight: float = 0.0
 
 
 class Registry:
@@ -98,40 +117,57 @@ class Registry:
             self.promote(name, version.number, alias)
         return version
 
-    def promote(self, name: str, number: int, alias: str = DEFAULT_ALIAS, *, expected: int | None = None) -> None:
+    def promote(
+        self, name: str, number: int, alias: str = DEFAULT_ALIAS, *, expected: int | None = None, canary_weight: float | None = None
+    ) -> None:
         """Point an alias at a version; with `expected`, only if it points to that version now.
 
-        Raises `RegistryError` if there is no such version, `AliasMovedError` if somebody else moved the alias meanwhile.
+        With `canary_weight` the alias stays where it is, and the version gets that share of its requests beside it. Raises `RegistryError`
+        if there is no such version, or no alias to be a canary of, `AliasMovedError` if somebody else moved the alias meanwhile.
         """
         _check_name(alias)
         self._version(name, number)
-        prefix = _alias_prefix(name, alias)
-        last = read_last(self._store, prefix)
-        if expected is not None and (last is None or last.value["number"] != expected):
-            now = f"{name}@{last.value['number']}" if last else "nothing yet"
-            raise AliasMovedError(f"{name}:{alias} points to {now}, not to {name}@{expected}: look again before you move it.")
-        self._move(name, alias, number, (last.number if last else 0) + 1, is_rollback=False)
+        last = read_last(self._store, _alias_prefix(name, alias))
+        now = _alias_entry(last) if last else None
+        if expected is not None and (now is None or now.number != expected):
+            where = f"{name}@{now.number}" if now else "nothing yet"
+            raise AliasMovedError(f"{name}:{alias} points to {where}, not to {name}@{expected}: look again before you move it.")
+        canary = None
+        if canary_weight is not None:
+            if not 0 < canary_weight < 1:
+                raise RegistryError(f"A canary gets a share of the requests between 0 and 1, not {canary_weight:g}.")
+            if now is None or now.number == number:
+                where = f"{name}@{number} itself" if now else "nothing yet"
+                raise RegistryError(f"{name}:{alias} points to {where}: a canary needs another version beside it. Promote that one first.")
+            canary, number = Canary(number, canary_weight), now.number
+        self._move(name, alias, AliasEntry((now.entry if now else 0) + 1, number, False, "", canary))
 
     def rollback(self, name: str, alias: str = DEFAULT_ALIAS) -> ModelVersion:
-        """Point an alias at the version it pointed to before the present one; again and again goes further back.
+        """Take the last move of an alias back, a canary's too; again and again goes further back.
 
         Raises `RegistryError` if there is no such model or was none before, `AliasMovedError` if somebody else moved the alias meanwhile.
         """
         history = self.history(name, alias)
-        number = _before(history)
-        if number is None:
+        before = _before(history)
+        if before is None:
             self._numbers(name)  # for its error: there may be no such model at all
             raise RegistryError(
                 f"{name}:{alias} has no version to go back to" + (": it was never moved." if history else ": it does not exist.")
             )
-        version = self._version(name, number)
-        self._move(name, alias, number, history[-1].entry + 1, is_rollback=True)
+        version = self._version(name, before.number)
+        self._move(name, alias, AliasEntry(history[-1].entry + 1, before.number, True, "", before.canary))
         return version
 
-    def _move(self, name: str, alias: str, number: int, entry: int, is_rollback: bool) -> None:
-        value = {"number": number, "is_rollback": is_rollback, "moved_at": datetime.now(UTC).isoformat("T", "seconds")}
+    def _move(self, name: str, alias: str, to: AliasEntry) -> None:
+        value: dict[str, Any] = {
+            "number": to.number,
+            "is_rollback": to.is_rollback,
+            "moved_at": datetime.now(UTC).isoformat("T", "seconds"),
+        }
+        if to.canary is not None:
+            value["canary"] = asdict(to.canary)
         try:
-            append(self._store, _alias_prefix(name, alias), value, expected_number=entry)
+            append(self._store, _alias_prefix(name, alias), value, expected_number=to.entry)
         except ObjectExistsError as error:
             raise AliasMovedError(
                 f"Somebody else moved {name}:{alias} at the same time: look where it points now, then try again."
@@ -158,24 +194,34 @@ class Registry:
     # --- Reading -----------------------------------------------------------------------------------------------------
 
     def resolve(self, ref: str) -> ModelVersion:
-        """The version that `name` (where `production` points, else the newest), `name@3` or `name:alias` means.
+        """The version that `name` (where `production` points, else the newest), `name@3` or `name:alias` means, without canaries.
 
         Raises `RegistryError` naming what there is.
         """
+        return self._resolve(ref, with_canary=False).version
+
+    def meaning(self, ref: str) -> Meaning:
+        """The same, with the alias's canary. Raises `RegistryError`."""
+        return self._resolve(ref, with_canary=True)
+
+    def _resolve(self, ref: str, with_canary: bool) -> Meaning:
         name, at, number = ref.partition("@")
         if at:
             if not number.isdigit():
                 raise RegistryError(f"{ref!r} is not a version: write {name}@3 for the third one, {name}:ALIAS for an alias.")
-            return self._version(name, int(number))
+            return Meaning(self._version(name, int(number)))
         name, colon, alias = ref.partition(":")
-        pointed = self._last(name, alias or DEFAULT_ALIAS)
-        if pointed is not None:
-            return self._version(name, pointed)
+        entry = self._last(name, alias or DEFAULT_ALIAS)
+        if entry is not None:
+            version = self._version(name, entry.number)
+            if entry.canary is None or not with_canary:
+                return Meaning(version)
+            return Meaning(version, self._version(name, entry.canary.number), entry.canary.weight)
         numbers = self._numbers(name)
         if colon:
             exist = ", ".join(sorted(self.aliases(name))) or "none"
             raise RegistryError(f"{name} has no alias {alias!r}; its aliases: {exist}.")
-        return self._version(name, numbers[-1])
+        return Meaning(self._version(name, numbers[-1]))
 
     def names(self) -> list[str]:
         """All models that have a version, sorted."""
@@ -188,7 +234,7 @@ class Registry:
     def aliases(self, name: str) -> dict[str, int]:
         """Where each alias of a name points."""
         names = {info.key.split("/")[3] for info in self._store.list(f"models/{name}/aliases/")}
-        return {alias: number for alias in sorted(names) if (number := self._last(name, alias)) is not None}
+        return {alias: entry.number for alias in sorted(names) if (entry := self._last(name, alias)) is not None}
 
     def history(self, name: str, alias: str = DEFAULT_ALIAS) -> list[AliasEntry]:
         """Every move of an alias, the first one first."""
@@ -241,11 +287,11 @@ class Registry:
         if file.size_bytes == 0:
             self._store.size(_blob_key(file.sha256))
 
-    def _last(self, name: str, alias: str) -> int | None:
+    def _last(self, name: str, alias: str) -> AliasEntry | None:
         _check_name(name)
         _check_name(alias)
         last = read_last(self._store, _alias_prefix(name, alias))
-        return _alias_entry(last).number if last else None
+        return _alias_entry(last) if last else None
 
     def _numbers(self, name: str) -> list[int]:
         numbers = log_numbers(self._store, _versions_prefix(name))
@@ -273,20 +319,22 @@ def _check_digest(version: ModelVersion) -> None:
         raise RegistryError(f"The files of {version.ref} are not those of its digest: its entry is damaged. Use another version.")
 
 
-def _before(history: list[AliasEntry]) -> int | None:
-    """The version before the present one: the moves as a stack, from which each rollback takes the last one off."""
-    stack: list[int] = []
+def _before(history: list[AliasEntry]) -> AliasEntry | None:
+    """The move before the present one: the moves as a stack, from which each rollback takes the last one off."""
+    stack: list[AliasEntry] = []
     for entry in history:
         if entry.is_rollback:
             stack.pop()
         else:
-            stack.append(entry.number)
+            stack.append(entry)
     return stack[-2] if len(stack) > 1 else None
 
 
 def _alias_entry(entry: LogEntry) -> AliasEntry:
+    value = entry.value
     try:
-        return AliasEntry(entry.number, int(entry.value["number"]), bool(entry.value["is_rollback"]), str(entry.value["moved_at"]))
+        canary = Canary(int(value["canary"]["number"]), float(value["canary"]["weight"])) if "canary" in value else None
+        return AliasEntry(entry.number, int(value["number"]), bool(value["is_rollback"]), str(value["moved_at"]), canary)
     except (KeyError, ValueError, TypeError) as error:
         raise RegistryError(f"Entry {entry.number} of an alias is damaged ({error!r}): promote the version that you want again.") from error
 

@@ -51,7 +51,8 @@ class Call:
     """One request to a base model's replicas.
 
     `task` is what is asked for: answers (`sampling` says how), the prompt's embedding, or its tokens. With `echo` the first frame holds
-    the prompt. `client` is whom the engine is fair to: the id of the key that asks.
+    the prompt. `client` is whom the engine is fair to: the id of the key that asks. `resumed`: what was told by a replica that is gone, see
+    `GenerationRequest.resumed`.
     """
 
     request_id: str
@@ -62,6 +63,7 @@ class Call:
     task: Task = "generate"
     echo: bool = False
     client: str = ""
+    resumed: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,6 @@ class Backend(Protocol):
         """One `Started`, then outputs up to the one with a finish reason of each answer. Closing it early cancels the request.
 
         Raises at the first frame `RequestError`, `EngineBusyError`, `ModelError` or `StoreError` (the adapter cannot be
-        loaded); at any frame `ClusterError` if the replica is gone.
+        loaded); at any frame `ClusterError` if replicas are lost and nothing helps.
         """
         ...

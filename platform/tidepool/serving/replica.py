@@ -21,11 +21,13 @@ from transformers import PreTrainedTokenizerBase
 
 from tidepool.errors import BaseMismatchError, ModelError, RegistryError
 from tidepool.inference.engine import Engine, GenerationRequest, Output
+from tidepool.inference.limits import BLOCK_SIZE
 from tidepool.inference.linear import weights_dtype
 from tidepool.inference.paged import PagedEngine
 from tidepool.models import ModelSource, cache_folder, fetch_model, load_model, load_tokenizer, read_lora
 from tidepool.registry import ModelVersion, Registry
 from tidepool.serving.backend import Call, ContextLengthError, Frame, Started
+from tidepool.serving.host import Load
 from tidepool.serving.prompts import Prompts, tokens_named
 from tidepool.specs import EngineSpec
 from tidepool.storage import open_store, release
@@ -61,13 +63,12 @@ class Replica:
             yield Output((), "", "stop")
             return
         if call.adapter is not None:
-            await self._load_adapter(call.adapter)
+            await self.load_adapter(call.adapter)
         request = self._request(call, started.prompt_tokens)
         outputs = self._engine.submit(request)
         try:
-            first = (
-                [await anext(outputs)] if request.sampling.has_grammar else []
-            )  # it is refused, if it is, before the request counts as taken
+            # A grammar is refused, if it is, before the request counts as taken.
+            first = [await anext(outputs)] if request.sampling.has_grammar else []
             yield started if call.echo else Started(started.num_prompt_tokens)
             async for output in _chain(first, outputs):
                 if output.logprobs or output.prompt_logprobs:
@@ -85,6 +86,19 @@ class Replica:
         if self._engine.stats().has_failed:
             raise ModelError("The engine of this replica has failed; its log says why.")
 
+    def load(self) -> Load:
+        """How busy the engine is."""
+        stats = self._engine.stats()
+        return Load(
+            stats.num_running,
+            stats.num_queued,
+            frozenset(stats.adapters) | frozenset(self._loads),
+            stats.num_free_blocks,
+            stats.num_blocks,
+            stats.num_blocks * BLOCK_SIZE,
+            stats.has_failed,
+        )
+
     def _start(self, call: Call) -> Started:
         tokens = self._prompts.tokens(call.prompt)
         if call.task == "generate":
@@ -95,7 +109,7 @@ class Replica:
     def _request(self, call: Call, prompt_tokens: tuple[int, ...]) -> GenerationRequest:
         sampling = self._prompts.sampling(call.prompt, call.sampling)
         adapter = call.adapter.digest if call.adapter else None
-        return GenerationRequest(call.request_id, prompt_tokens, sampling, adapter, call.client, call.task == "embed")
+        return GenerationRequest(call.request_id, prompt_tokens, sampling, adapter, call.client, call.task == "embed", call.resumed)
 
     def _check_room(self, max_tokens: int | None, num_prompt_tokens: int) -> None:
         num_wanted = 1 if max_tokens is None else max_tokens
@@ -107,7 +121,8 @@ class Replica:
 
     # --- Adapters ----------------------------------------------------------------------------------------------------
 
-    async def _load_adapter(self, version: ModelVersion) -> None:
+    async def load_adapter(self, version: ModelVersion) -> None:
+        """Have an adapter of this base loaded. Raises `BaseMismatchError`, `ModelError`, `StoreError`, `EngineBusyError`."""
         if version.base_digest != self._base_digest:
             raise BaseMismatchError(
                 f"{version.ref} was trained on {version.base} (files {str(version.base_digest)[:12]}), and this replica serves the "

@@ -16,6 +16,7 @@ What is around it (devices, the store, peers, who restarts it) is handed in.
 import hashlib
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import Enum
 
@@ -79,6 +80,8 @@ class StepLoop:
     sink: Sink
     watch: Watch
     commits: Commits
+    publish: Callable[[], None] = lambda: None
+    """Publishes the state; called by rank 0 where the spec asks for it, before the end."""
     step: int = 0
     history: History = field(default_factory=History)
     is_whole: bool = False
@@ -160,6 +163,9 @@ class StepLoop:
         while True:
             if self._is_evaluation_due():
                 self._evaluate(group)
+            if group.rank == 0 and self._is_publication_due():
+                self.watch.tick("commit")
+                self.publish()
             ending = self._ending(said.wishes)
             is_last = ending is not None and (ending is not Ending.CHANGE or said.wishes.commit)
             self._commit_if_due(group, said, is_last)
@@ -283,6 +289,10 @@ class StepLoop:
         training, evaluations = self.spec.training, self.history.evaluations
         is_due = self.step % training.evaluate_every_steps == 0 or self.step == training.steps
         return is_due and (not evaluations or evaluations[-1][0] < self.step)
+
+    def _is_publication_due(self) -> bool:
+        every = self.spec.publish.every_steps if self.spec.publish else None
+        return every is not None and self.step % every == 0 and 0 < self.step < self.spec.training.steps
 
     def _evaluate(self, group: Group) -> None:
         spec = self.spec.training

@@ -35,6 +35,7 @@ def _train(config: Mapping[str, Any]) -> None:
     import ray.train.torch
     import torch
 
+    from tidepool.announcement import announce
     from tidepool.training.member import Member
     from tidepool.training.process_group import MeetingPoint
     from tidepool.training.worker import run_task
@@ -57,7 +58,7 @@ def _train(config: Mapping[str, Any]) -> None:
         process=Process(os.getpid(), node_id, node_ip, tidepool.__path__[0]),
     )
     with Member(hello, meeting_point, device, line.report, rules) as member:
-        outcome = run_task(task, member, device, [RaySink(task.spec.run)], line.account)
+        outcome = run_task(task, member, device, [RaySink(task.spec.run)], line.account, announce)
         if outcome is not None and (outcome.result is not None or not outcome.finished):
             ray.get(line.coordinator().set_outcome.remote(outcome))
 

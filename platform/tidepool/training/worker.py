@@ -48,18 +48,27 @@ from tidepool.training.memory import Demand, advise, loading_advice, model_size,
 from tidepool.training.numerics import fingerprint, prepare_process, resolve_dtype
 from tidepool.training.outcome import Outcome, result_key
 from tidepool.training.pins import base_source, check_worker, write_document
+from tidepool.training.publications import Publications
 from tidepool.training.state import tensors_digest
 from tidepool.training.task import Task
 
 _logger = logging.getLogger(__name__)
 _CACHE_BYTES = 2**30
 Account = Callable[[], Mapping[str, Any]]
+Announce = Callable[[str], None]
 
 
-def run_task(task: Task, member: Membership, device: torch.device, sinks: list[Sink], account: Account = lambda: {}) -> Outcome | None:
+def run_task(
+    task: Task,
+    member: Membership,
+    device: torch.device,
+    sinks: list[Sink],
+    account: Account = lambda: {},
+    announce: Announce = lambda _: None,
+) -> Outcome | None:
     """Do the work of one worker; None if it was released before the run ended. Raises any of Tidepool's errors.
 
-    `account` gives what is known of where the run's time went, for its result.
+    `account` gives what is known of where the run's time went, for its result; `announce` tells of a name that was published.
     """
     spec, who = task.spec, f"A worker of run {task.spec.run}"
     member.tick("load")
@@ -77,7 +86,7 @@ def run_task(task: Task, member: Membership, device: torch.device, sinks: list[S
         closing(tensorboard),
     ):
         sink = FanOut([LogSink(), tensorboard, *sinks])
-        part = _Part(task, store, Path(folder), device, member, sink, account)
+        part = _Part(task, store, Path(folder), device, member, sink, account, announce)
         with told_of_memory(who, device, lambda _: loading_advice(spec)):
             part.load()
         with closing(part), told_of_memory(who, device, lambda capacity: _step_advice(spec, part.parts, capacity)):
@@ -88,10 +97,19 @@ class _Part:
     """A worker between its first quorum and its last."""
 
     def __init__(
-        self, task: Task, store: ObjectStore, folder: Path, device: torch.device, member: Membership, sink: Sink, account: Account
+        self,
+        task: Task,
+        store: ObjectStore,
+        folder: Path,
+        device: torch.device,
+        member: Membership,
+        sink: Sink,
+        account: Account,
+        announce: Announce,
     ) -> None:
         self._task, self._store, self._folder, self._device = task, store, folder, device
-        self._member, self._sink, self._account = member, sink, account
+        self._member, self._sink, self._account, self._announce = member, sink, account, announce
+        self._publications = Publications(self._publish)
         self._commits = BackgroundCommits(task.spec.checkpoint.max_lag_s, self._commit, member.committed_step)
         self._num_loads = 0
 
@@ -107,6 +125,7 @@ class _Part:
         """End the threads that read ahead and write behind."""
         self._loop.close()
         self._commits.close()
+        self._publications.close()
 
     def take_part(self) -> Outcome | None:
         """Take steps in one quorum after the other, until the run ends or this worker is released."""
@@ -180,7 +199,18 @@ class _Part:
             sink=self._sink,
             watch=self._member,
             commits=self._commits,
+            publish=self._publish_now,
         )
+
+    def _publish_now(self) -> None:
+        """Export the state, and have it published while training goes on."""
+        self._publications.take(self._loop.step, lambda folder: _export(self._task, self.parts, folder), _metrics(self._loop))
+
+    def _publish(self, step: int, folder: Path, metrics: Mapping[str, float]) -> None:
+        """In the thread that publishes."""
+        version = _publish(self._task, self.parts, step, metrics, self._store, folder)
+        _logger.info("published step %d of run %s as %s", step, self._task.spec.run, version.ref)
+        self._announce(version.name)
 
     def _commit(self, taken: Taken, commit: Commit, objects: list[StoredObject]) -> None:
         """In the thread that commits: what `Finish` asks."""
@@ -194,8 +224,12 @@ class _Part:
         self._sink.flush()
 
     def _finish(self) -> dict[str, Any]:
+        self._publications.settle()  # the last version is the newest
         with ScratchFolder("export") as folder:
-            return _finish(self._task, self.parts, self._loop, self._store, Path(folder) / "export", self._account())
+            result = _finish(self._task, self.parts, self._loop, self._store, Path(folder) / "export", self._account())
+        if self._task.spec.publish is not None:
+            self._announce(self._task.spec.publish.model)
+        return result
 
 
 def _step_advice(spec: RunSpec, parts: "_Parts", capacity_bytes: int) -> str:
@@ -250,7 +284,10 @@ def _num_row_groups_cached(info: DatasetInfo) -> int:
 
 def _finish(task: Task, parts: _Parts, loop: StepLoop, store: ObjectStore, folder: Path, account: Mapping[str, Any]) -> dict[str, Any]:
     spec, state = task.spec, loop.state()
-    version = _publish(task, parts, loop, store, folder) if spec.publish else None
+    version = None
+    if spec.publish:
+        _export(task, parts, folder)
+        version = _publish(task, parts, loop.step, _metrics(loop), store, folder)
     evaluations = loop.history.evaluations
     result = {
         "run": spec.run,
@@ -273,21 +310,34 @@ def _finish(task: Task, parts: _Parts, loop: StepLoop, store: ObjectStore, folde
     return result
 
 
-def _publish(task: Task, parts: _Parts, loop: StepLoop, store: ObjectStore, folder: Path) -> ModelVersion:
-    spec, base = task.spec, parts.base
-    assert spec.publish is not None
-    if spec.model.lora:
-        assert base is not None
-        export_adapter(parts.model, parts.tokenizer, folder, base)
+def _export(task: Task, parts: _Parts, folder: Path) -> None:
+    if task.spec.model.lora:
+        assert parts.base is not None
+        export_adapter(parts.model, parts.tokenizer, folder, parts.base)
     else:
         export_model(parts.model, parts.tokenizer, folder)
-    return Registry(store).publish(
+
+
+def _metrics(loop: StepLoop) -> dict[str, float]:
+    return {"loss": loop.history.losses[-1], "held_out_loss": loop.history.evaluations[-1][1]}
+
+
+def _publish(task: Task, parts: _Parts, step: int, metrics: Mapping[str, float], store: ObjectStore, folder: Path) -> ModelVersion:
+    """Publish an export; its alias moves if it passes the gate."""
+    spec, base = task.spec, parts.base
+    assert spec.publish is not None
+    gate, loss = spec.publish.max_held_out_loss, metrics["held_out_loss"]
+    is_passing = gate is None or loss <= gate
+    version = Registry(store).publish(
         spec.publish.model,
         "adapter" if spec.model.lora else "full",
         folder,
         base=base.ref if base else None,
         base_digest=base.digest if base else None,
-        lineage={"run": spec.run, "step": loop.step, "dataset": task.pins.dataset, "spec_digest": spec.digest},
-        metrics={"loss": loop.history.losses[-1], "held_out_loss": loop.history.evaluations[-1][1]},
-        alias=spec.publish.alias,
+        lineage={"run": spec.run, "step": step, "dataset": task.pins.dataset, "spec_digest": spec.digest},
+        metrics=metrics,
+        alias=spec.publish.alias if is_passing else None,
     )
+    if not is_passing:
+        _logger.warning("%s is published and no alias moves: its held-out loss is %.4g, and %.4g is the most", version.ref, loss, gate)
+    return version
