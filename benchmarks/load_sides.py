@@ -33,7 +33,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from tidepool.inference.engine import Output
-from tidepool.registry import ModelVersion
+from tidepool.registry import Meaning, ModelVersion
 from tidepool.serving.backend import Call, Frame, Started
 from tidepool.serving.gateway import build_gateway
 from tidepool.serving.resolver import Resolver
@@ -163,7 +163,7 @@ def bare_starlette(copy: Copy) -> ASGIApp:
 def ours(model: Model) -> ASGIApp:
     """The gateway with one model, which is resolved anew every second."""
     version = ModelVersion("tides", 1, "full", "ba5e" * 16, (), None, None, {}, {}, "2026-11-02T10:00:00+00:00")
-    resolver = Resolver(lambda _: version, {"tides": version}, {version.digest}, ttl_s=1.0)
+    resolver = Resolver(lambda _: Meaning(version), {"tides": version}, {version.digest}, ttl_s=1.0)
     return build_gateway(resolver, Backend(model), GatewaySpec(max_requests=_MAX_REQUESTS))
 
 
