@@ -101,7 +101,9 @@ async def outputs_of(engine: PagedEngine, asked: GenerationRequest) -> list[Outp
     return [output async for output in engine.submit(asked)]
 
 
-@pytest.mark.parametrize("way", ["c", "torch"])
+@pytest.mark.parametrize(
+    ("family", "way"), [*((one, "c") for one in sorted(FAMILIES)), ("gpt2", "torch"), ("llama", "torch")], indirect=["family"]
+)
 def test_mixed_adapters_are_exactly_those_of_peft(
     family: Any, tokenizer: Any, folders: dict[str, Path], way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,6 +121,7 @@ def test_mixed_adapters_are_exactly_those_of_peft(
 
 
 @needs_compiler
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"], indirect=True)
 @pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
 def test_a_row_has_the_same_bits_alone_and_among_others(family: Any, tokenizer: Any, folders: dict[str, Path], weights: Any) -> None:
     """In an engine that holds to it for the base's products too."""

@@ -97,8 +97,8 @@ def check_adapter(base_shapes: PreTrainedModel, folder: Path, base_digest: str) 
 
 
 def check_linear(names: Iterable[str], folder: Path) -> None:
-    """Check by its weights' names that an adapter changes linear layers alone. Raises `ModelError`."""
-    if foreign := [name for name in names if not name.endswith((".lora_A.weight", ".lora_B.weight"))]:
+    """Check by its weights' names that an adapter changes no embeddings. Raises `ModelError`."""
+    if foreign := [name for name in names if ".lora_embedding_" in name]:
         raise ModelError(
             f"The adapter in {folder} changes more than linear layers ({min(foreign)[:200]}), which no engine here computes beside other "
             "adapters: train it on linear layers, or merge it where it was trained and import the whole model."
