@@ -166,7 +166,7 @@ def test_every_door_but_those_named_in_the_documents_asks_for_a_certificate(
             plain = {name for name, *address in doors if not answers(*address, ours, ours)}
             assert plain <= {"dashboard", "monitor", "DashboardAgent", "RuntimeEnvAgent"}
             strict = [door for door in doors if answers(*door[1:], ours, ours)]
-            assert {"gcs_server", "raylet", "client server", "DashboardAgent", "Actor", "driver"} == {name for name, *_ in strict}
+            assert {"gcs_server", "raylet", "client server", "DashboardAgent", "Actor", "driver"} <= {name for name, *_ in strict}
             assert [door for door in strict if answers(*door[1:], None, ours) or answers(*door[1:], foreign, ours)] == []
         finally:
             driver.stdin.close()
