@@ -21,7 +21,7 @@ _TIMEOUT_S = 120
 def served(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Published:
     """A base and an adapter that begin with no replica."""
     published = publish(cluster.store_url, tmp_path_factory.mktemp("models"), base="pair-tides", adapter="pair-bot", context_length=512)
-    scale = {"min": 0, "max": 2, "up_after_s": 0.5, "down_after_s": 2, "zero_after_s": 4}
+    scale = {"min": 0, "max": 2, "ttft_s": 20, "up_after_s": 0.5, "down_after_s": 2, "zero_after_s": 4}
     replicas = {"scale": scale, "cpus_per_replica": 0.5}
     local_cluster.serve(cluster, ["pair-tides", "pair-bot"], replicas=replicas, engine={"weights": "fp32", "max_batch_size": 4})
     return published
@@ -63,6 +63,7 @@ def test_traffic_brings_another_replica_and_its_going_cuts_no_stream(cluster: Lo
                 most = max(most, len(await asyncio.to_thread(replica_pids, cluster)))
                 await asyncio.sleep(0.2)
             assert await asked == undisturbed
+        deadline = time.monotonic() + _TIMEOUT_S
         while len(await asyncio.to_thread(replica_pids, cluster)) == 2:
             assert time.monotonic() < deadline
             light = Client(cluster, temperature=0, max_tokens=480)
