@@ -120,7 +120,7 @@ class LoraLayers:
     """The layers of a model whose linear layers have been swapped, and what each of `num_slots` slots adds to them."""
 
     def __init__(self, model: PreTrainedModel, num_slots: int) -> None:
-        self._device, self._dtype = model.device, model.dtype
+        self._device = model.device
         self.sizes: dict[str, tuple[int, int]] = {}
         """Input and output size of each linear layer that an adapter may change, by its name."""
         self.output_layer: str | None = None
