@@ -133,6 +133,8 @@ def test_what_is_not_served_is_refused_by_name(field: str, value: Any) -> None:
         ("top_logprobs", 3),
         ("top_logprobs", 21),
         ("repetition_penalty", 0),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 1e300),
         ("top_k", -1),
         ("min_p", 1.1),
         ("stop_token_ids", [-1]),

@@ -79,7 +79,7 @@ class SamplingRequest(Request):
     logit_bias: LogitBias = ()
     top_k: Annotated[int, Field(ge=0, lt=INT64)] = 0
     min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0)] = 1.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] = 1.0
     stop_token_ids: list[TokenId] = Field(default_factory=list, max_length=64)
     structured_outputs: StructuredOutputs | None = None
     stream: bool = False
