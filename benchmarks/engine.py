@@ -3,9 +3,9 @@
     python benchmarks/engine.py [--json FILE] [--quick] [--vllm PYTHON] [--cases NAME ...] [--peers NAME ...]
 
 Random-weight Llamas of 4 million (float32) and 88 million parameters (bfloat16; ours also with int8 weights): 64 requests of 16 to 128
-prompt tokens and 64 new tokens each, greedy, two threads. Then 8 prompts of 2,000 tokens, and 16 requests that begin with the same
-1,000. Peers are `transformers.generate` in static batches of 32, transformers' continuous batching, and vLLM for CPUs where
-`--vllm` names an environment's interpreter (`benchmarks/vllm_environment.sh` makes one).
+prompt tokens and 64 new tokens each, greedy, two threads. Then 8 prompts of 2,000 tokens, 16 requests that begin with the same 1,000,
+and what `batch_invariant` costs in bfloat16. Peers are `transformers.generate` in static batches of 32, transformers' continuous
+batching, and vLLM for CPUs where `--vllm` names an environment's interpreter (`benchmarks/vllm_environment.sh` makes one).
 
 Each side is a process of its own (`engine_sides.py`), all alive together; after one turn that warms up they take turns, in an order that
 changes from round to round. `ratio` is the median of the rounds' ratios. `start_s` is from a model's folder to the first token, without
@@ -45,6 +45,8 @@ MODELS = {
 }
 VOCAB_SIZES = {"4m": 4096, "88m": 8192}
 PEERS = {"vllm": "vLLM", "generate": "transformers.generate", "continuous": "transformers continuous batching"}
+OFF = "ours without batch_invariant"
+INVARIANCE, IN_BF16 = "batch_invariant_over_off", "tokens_per_s_88m_bf16"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Side:
     def __init__(self, name: str, folder: Path, weights: str, python: str) -> None:
         self.name = name
         environment = dict(os.environ)
-        if name != "ours":
+        if name not in ("ours", "invariant"):
             environment.pop("PYTHONPATH", None)
         command = [python, str(ROOT / "benchmarks" / "engine_sides.py")]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
@@ -170,6 +172,21 @@ def measure(case: Case, folder: Path, num_rounds: int, peers: list[str], vllm: s
     return rows
 
 
+def measure_invariance(case: Case, folder: Path, num_rounds: int) -> Row:
+    """What `batch_invariant` costs: with it (ours) against without it (the peer)."""
+    rates: dict[str, list[float]] = {"invariant": [], "ours": []}
+    with ExitStack() as stack:
+        sides = {name: Side(name, folder, case.ours, sys.executable) for name in rates}
+        for side in sides.values():
+            stack.callback(side.close)
+        for number in range(-1, num_rounds):
+            for name in random.Random(number).sample(sorted(rates), 2):
+                rate = sides[name].answer(case.prompts(number), case.num_tokens)
+                if number >= 0:
+                    rates[name].append(rate)
+    return row(case, "off", rates["invariant"], rates["ours"]) | {"metric": INVARIANCE}
+
+
 def row(case: Case, peer: str, ours: list[float], theirs: list[float] | None) -> Row:
     """Tokens a second against one peer."""
     ratio = statistics.median(one / other for one, other in zip(ours, theirs, strict=True)) if theirs else None
@@ -179,7 +196,7 @@ def row(case: Case, peer: str, ours: list[float], theirs: list[float] | None) ->
         "unit": "tokens/s",
         "ours": round(statistics.median(ours), 1),
         "peer": round(statistics.median(theirs), 1) if theirs else None,
-        "peer_name": PEERS[peer] if theirs else f"{PEERS[peer]} (no environment: see --vllm)",
+        "peer_name": PEERS.get(peer, OFF) if theirs else f"{PEERS[peer]} (no environment: see --vllm)",
         "ratio": None if ratio is None else round(ratio, 3),
         "target": target,
         "reached": None if target is None or ratio is None else ratio >= target,
@@ -217,7 +234,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--vllm", metavar="PYTHON", help="the interpreter of an environment with vLLM")
-    parser.add_argument("--cases", nargs="+", choices=[case.metric for case in CASES], default=[case.metric for case in CASES])
+    names = [*(case.metric for case in CASES), INVARIANCE]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     options = parser.parse_args()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
@@ -231,13 +249,19 @@ def main() -> int:
     rows: list[Row] = []
     with ScratchFolder("engine") as scratch:
         folders = {name: export(name, Path(scratch)) for name in MODELS}
-        for case in CASES:
-            if case.metric in options.cases:
-                found = measure(case, folders[case.model], 1 if options.quick else 5, options.peers, options.vllm)
-                show(found)
-                rows += found
-                if options.json:
-                    options.json.write_text(json.dumps([head, *rows], indent=1) + "\n")
+        num_rounds = 1 if options.quick else 5
+        for name in names:
+            if name not in options.cases:
+                continue
+            case = next(case for case in CASES if case.metric == (IN_BF16 if name == INVARIANCE else name))
+            if name == INVARIANCE:
+                found = [measure_invariance(case, folders[case.model], num_rounds)]
+            else:
+                found = measure(case, folders[case.model], num_rounds, options.peers, options.vllm)
+            show(found)
+            rows += found
+            if options.json:
+                options.json.write_text(json.dumps([head, *rows], indent=1) + "\n")
     return 0
 
 

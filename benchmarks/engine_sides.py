@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 Prompts = list[list[int]]
@@ -22,7 +23,7 @@ THREADS = 2
 STATIC_BATCH_SIZE, MAX_BATCH_SIZE, CONTEXT = 32, 64, 4096
 
 
-def ours(folder: str, weights: str) -> Answer:
+def ours(folder: str, weights: str, batch_invariant: bool = False) -> Answer:
     """Our engine, with a stream for each prompt."""
     import asyncio
     from pathlib import Path
@@ -36,7 +37,7 @@ def ours(folder: str, weights: str) -> Answer:
     from tidepool.specs import EngineSpec
 
     torch.set_num_threads(THREADS)
-    spec = EngineSpec(max_batch_size=MAX_BATCH_SIZE, threads=THREADS, weights=weights)
+    spec = EngineSpec(max_batch_size=MAX_BATCH_SIZE, threads=THREADS, weights=weights, batch_invariant=batch_invariant)
     model = load_model(Path(folder), weights_dtype(spec.weights, "cpu"))
     loop = asyncio.new_event_loop()
     engine = PagedEngine(model, load_tokenizer(Path(folder)), spec, lambda *_: sys.exit("no adapters here"))
@@ -117,10 +118,17 @@ def vllm(folder: str, weights: str) -> Answer:
     return answer
 
 
-SIDES: dict[str, Callable[[str, str], Answer]] = {"ours": ours, "generate": generate, "continuous": continuous, "vllm": vllm}
+SIDES: dict[str, Callable[[str, str], Answer]] = {
+    "ours": ours,
+    "invariant": partial(ours, batch_invariant=True),
+    "generate": generate,
+    "continuous": continuous,
+    "vllm": vllm,
+}
 
 
-IMPORTS = {"ours": ("tidepool.inference.paged", "tidepool.models.pretrained"), "vllm": ()}
+_OUR_IMPORTS = ("tidepool.inference.paged", "tidepool.models.pretrained")
+IMPORTS = {"ours": _OUR_IMPORTS, "invariant": _OUR_IMPORTS, "vllm": ()}
 """What is not part of the start. vLLM starts a process of its own, which imports again."""
 
 

@@ -328,7 +328,8 @@ class EngineSpec(Spec):
     than `max_batch_size`), with up to `max_adapters` adapters. `adapters_gb`: memory for all that are loaded (default: a tenth of what is
     free). `cache_gb`: memory for keys and values (10^9 bytes; default: what that many answers can use, and a share of what is free at
     most). `weights`: `auto` is fp32 on a CPU and bf16 on a GPU; `int8` rounds the weights, on CPUs. `batch_invariant`: a request gets the
-    same bits in any company, more slowly; on CPUs.
+    same bits in any company, more slowly; on CPUs. `speculative_tokens`: so many tokens of an answer are guessed at a time from what its
+    request has said before, and verified in one step (0: none); no token changes by it.
     """
 
     max_batch_size: Annotated[int, Field(ge=1, le=4096)] = 64
@@ -340,6 +341,7 @@ class EngineSpec(Spec):
     cache_gb: Annotated[float, Field(gt=0)] | None = None
     weights: Literal["auto", "fp32", "bf16", "int8"] = "auto"
     batch_invariant: bool = False
+    speculative_tokens: Annotated[int, Field(ge=0, le=16)] = 0
     threads: Count = 1
 
 

@@ -66,9 +66,11 @@ read = partial(read_lora, base_digest=BASE.digest)
 
 
 @asynccontextmanager
-async def engine_of(model: Any, tokenizer: Any, read: Any = read, **limits: Any) -> AsyncIterator[PagedEngine]:
+async def engine_of(
+    model: Any, tokenizer: Any, read: Any = read, is_ahead: bool | None = None, **limits: Any
+) -> AsyncIterator[PagedEngine]:
     """An engine, which at the end must have forgotten all of its requests."""
-    engine = PagedEngine(model, tokenizer, EngineSpec(**limits), read)
+    engine = PagedEngine(model, tokenizer, EngineSpec(**limits), read, is_ahead)
     try:
         yield engine
         stats = engine.stats()

@@ -35,8 +35,10 @@ def expected_of(model: Any, prompt: tuple[int, ...]) -> torch.Tensor:
     return hidden.mean(dim=0)
 
 
-@pytest.mark.parametrize(("family", "max_step_tokens"), [*((family, 7) for family in FAMILIES), ("llama", 512)])
-def test_an_embedding_is_the_mean_of_the_last_hidden_states(tokenizer: Any, family: str, max_step_tokens: int) -> None:
+@pytest.mark.parametrize(
+    ("family", "max_step_tokens", "is_ahead"), [*((family, 7, False) for family in FAMILIES), ("llama", 512, False), ("llama", 7, True)]
+)
+def test_an_embedding_is_the_mean_of_the_last_hidden_states(tokenizer: Any, family: str, max_step_tokens: int, is_ahead: bool) -> None:
     model = build_model(FAMILIES[family], len(tokenizer), 1, tokenizer)
     expected = [expected_of(copy.deepcopy(model), prompt) for prompt in (PROMPT, PROMPT[:1])]
 
@@ -49,7 +51,7 @@ def test_an_embedding_is_the_mean_of_the_last_hidden_states(tokenizer: Any, fami
             torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
         assert found[2] == before, "who answers beside it, from its blocks, is not disturbed"
 
-    run(model, tokenizer, play, max_batch_size=4, max_step_tokens=max_step_tokens)
+    run(model, tokenizer, play, max_batch_size=4, max_step_tokens=max_step_tokens, is_ahead=is_ahead)
 
 
 def test_an_adapters_embedding_is_its_own_and_a_prompt_may_fill_the_context(llama: Any, tokenizer: Any, adapters: dict[str, Path]) -> None:
@@ -66,4 +68,4 @@ def test_an_adapters_embedding_is_its_own_and_a_prompt_may_fill_the_context(llam
         with pytest.raises(RequestError, match="must hold it: shorten it"):
             engine.submit(embedding_request((*full, 1)))
 
-    run(llama, tokenizer, play, max_sequence_length=64)
+    run(llama, tokenizer, play, max_sequence_length=64, max_step_tokens=50, max_batch_size=4)

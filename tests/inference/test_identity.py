@@ -1,6 +1,7 @@
 """Greedy and seeded answers are the same alone and in any company: cut, preempted, found in the cache, for each family that we train."""
 
 import asyncio
+import copy
 import random
 from typing import Any
 
@@ -11,6 +12,7 @@ from tests.inference.conftest import answer, request, run, tokens_of
 from tests.inference.families import FAMILIES, Reference
 from tidepool.inference import native
 from tidepool.inference.engine import EngineStats, GenerationRequest
+from tidepool.inference.graphs import Rerun
 from tidepool.inference.limits import BLOCK_SIZE
 from tidepool.inference.linear import weights_dtype
 from tidepool.inference.paged import PagedEngine
@@ -84,6 +86,110 @@ def test_seeded_answers_do_not_depend_on_company(family: Any, tokenizer: Any) ->
     run(family, tokenizer, play, cache_gb=cache_gb(family, NUM_BLOCKS), max_sequence_length=110, **_ROOM)
 
 
+def terse(model: Any) -> Any:
+    """The model, made to say the same seven tokens again and again, so that there is something to guess."""
+
+    def of_few_words(_module: Any, _inputs: Any, output: Any) -> Any:
+        output.logits[..., :60] = output.logits[..., 67:] = -1e4
+        return output
+
+    model.register_forward_hook(of_few_words)
+    return model
+
+
+def test_guessed_answers_are_those_of_transformers(family: Any, tokenizer: Any) -> None:
+    reference = Reference(terse(family))
+    asked = traffic(random.Random(2))
+    requests = [request(prompt, length, f"r{index}") for index, (prompt, length) in enumerate(asked)]
+
+    async def play(engine: PagedEngine) -> None:
+        found = [await answer(engine, one) for one in requests] + await all_at_once(engine, requests)
+        for (prompt, length), tokens in zip(asked + asked, found, strict=True):
+            reference.check(prompt, length, tokens)
+        stats = engine.stats()
+        assert 0 < stats.num_accepted_tokens <= stats.num_drafted_tokens  # one family says the same token for ever
+        assert min(stats.num_preemptions, stats.num_prefix_hits, stats.num_chunks) > 0
+        assert stats.num_free_blocks == stats.num_blocks
+
+    limits = {"cache_gb": cache_gb(family, NUM_BLOCKS), "max_sequence_length": 110, "speculative_tokens": 4}
+    run(family, tokenizer, play, **limits, **_ROOM)
+    assert reference.num_ties <= 1
+
+
+WAYS: dict[str, dict[str, Any]] = {"guessed": {"speculative_tokens": 4}, "ahead": {"is_ahead": True}}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_no_parameter_changes_its_meaning_where_tokens_are_guessed_or_steps_are_launched_ahead(
+    llama: Any, tokenizer: Any, way: str
+) -> None:
+    rng = random.Random(3)
+    terse(llama)
+    stop = tokenizer.decode([63, 64])
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.8, "seed": 1, "n": 2, "logprobs": 2},
+        {"temperature": 0.6, "seed": 2, "top_p": 0.9},
+        {"stop": (stop,), "logprobs": 0},
+        {"repetition_penalty": 1.3, "frequency_penalty": 0.4},
+        {"prompt_logprobs": 1},
+        {"regex": "[A-z ]{5,20}"},
+        {"logit_bias": ((61, 5.0),), "temperature": 0.4, "seed": 3},
+        {"stop_token_ids": frozenset({66})},
+    ]
+    asked = [request(prompt, length, f"r{i}", **kinds[i % len(kinds)]) for i, (prompt, length) in enumerate(traffic(rng) + traffic(rng))]
+
+    async def outputs(engine: PagedEngine, one: GenerationRequest) -> list[Any]:
+        found = [output async for output in engine.submit(one)]
+        return [
+            [(output.token_ids, output.text, output.finish_reason) for output in found if output.answer == number]
+            + [(each.token_id, [token for token, _ in each.top]) for output in found if output.answer == number for each in output.logprobs]
+            for number in range(one.sampling.n)
+        ]
+
+    async def play(engine: PagedEngine) -> None:
+        everything.append(await asyncio.gather(*(outputs(engine, one) for one in asked)))
+        seen.append(engine.stats())
+
+    everything: list[Any] = []
+    seen: list[EngineStats] = []
+    limits = {"cache_gb": cache_gb(llama, NUM_BLOCKS), "max_sequence_length": 110, "max_queued_requests": 100}
+    for more in ({}, WAYS[way]):
+        run(copy.deepcopy(llama), tokenizer, play, **limits, **_ROOM, **more)
+    assert everything[0] == everything[1]
+    assert seen[1].num_preemptions > 0
+    if way == "guessed":
+        assert 0 < seen[1].num_accepted_tokens < seen[1].num_drafted_tokens
+
+
+@pytest.mark.parametrize("more", [{"is_ahead": True}, {"speculative_tokens": 2}])
+def test_recorded_steps_give_the_same_tokens(model: Any, tokenizer: Any, more: dict[str, Any]) -> None:
+    """All of the ways of a GPU but the recording: fixed memory, rows filled up, tokens that are filled in on the device."""
+    asked = [
+        request(prompt, length, f"r{index}", temperature=0.8 * (index % 2), seed=index)
+        for index, (prompt, length) in enumerate(traffic(random.Random(6)))
+    ]
+    found = []
+    sizes: list[int] = []
+
+    async def plain(engine: PagedEngine) -> None:
+        found.append(await all_at_once(engine, asked))
+
+    async def recorded(engine: PagedEngine) -> None:
+        engine._runner.record(6, 7, Rerun)  # some steps are larger, or longer
+        graphs = engine._runner._graphs
+        assert graphs is not None
+        original = graphs.run
+        graphs.run = lambda ragged, fill_in: sizes.append(ragged.num_decoding) or original(ragged, fill_in)  # type: ignore
+        await plain(engine)
+        assert engine.stats().num_preemptions > 0
+
+    limits = {"cache_gb": cache_gb(model, NUM_BLOCKS), "max_sequence_length": 110}
+    run(copy.deepcopy(model), tokenizer, plain, **limits, **_ROOM)
+    run(copy.deepcopy(model), tokenizer, recorded, **limits, **_ROOM, **more)
+    assert found[0] == found[1]
+    assert {2, 3} <= set(sizes), "three rows are filled up to four"
+
+
 @pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 @pytest.mark.parametrize("weights", ["bf16", "int8"])
 def test_batch_invariant_answers_have_the_same_bits_in_any_company(family: Any, tokenizer: Any, weights: Any) -> None:
@@ -92,18 +198,27 @@ def test_batch_invariant_answers_have_the_same_bits_in_any_company(family: Any, 
         for index, (prompt, length) in enumerate(traffic(random.Random(5)))
     ]
 
-    async def logprobs(engine: PagedEngine, one: GenerationRequest) -> list[float]:
-        return [output.logprobs[0].logprob async for output in engine.submit(one)]
+    async def bits(engine: PagedEngine, one: GenerationRequest) -> list[Any]:
+        return [(output.token_ids, output.logprobs[0].logprob) async for output in engine.submit(one)]
+
+    alone: list[Any] = []
 
     async def play(engine: PagedEngine) -> None:
-        alone = [await logprobs(engine, one) for one in asked]
-        assert await asyncio.gather(*(logprobs(engine, one) for one in asked)) == alone
+        alone.extend([await bits(engine, one) for one in asked])
+        assert await asyncio.gather(*(bits(engine, one) for one in asked)) == alone
         assert engine.stats().num_preemptions > 0
         assert engine.stats().num_chunks > 0
+        assert engine.stats().num_prefix_hits > 0
 
-    model = family.to(weights_dtype(weights, "cpu"))
+    async def guess(engine: PagedEngine) -> None:
+        assert await asyncio.gather(*(bits(engine, one) for one in asked)) == alone
+        assert engine.stats().num_accepted_tokens > 0
+
+    model = terse(family).to(weights_dtype(weights, "cpu"))
     limits = {"cache_gb": cache_gb(model, NUM_BLOCKS), "max_sequence_length": 110, "weights": weights, "batch_invariant": True}
-    run(model, tokenizer, play, **limits, **_ROOM)
+    run(copy.deepcopy(model), tokenizer, play, **limits, **_ROOM)
+    if weights == "bf16":
+        run(model, tokenizer, guess, speculative_tokens=3, **limits, **_ROOM)
 
 
 def test_torch_and_c_attend_alike(family: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

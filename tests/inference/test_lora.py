@@ -170,17 +170,18 @@ def forwards(model: nn.Module) -> list[Any]:
     return [vars(module)["forward"] for module in modules if "forward" in vars(module)]
 
 
+@pytest.mark.parametrize("way", [{}, {"is_ahead": True}, {"speculative_tokens": 3}])
 def test_keys_and_values_are_shared_within_an_adapter_and_never_between_two(
-    llama: Any, tokenizer: Any, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    llama: Any, tokenizer: Any, adapters: dict[str, Path], monkeypatch: pytest.MonkeyPatch, way: dict[str, Any]
 ) -> None:
     """Whoever reads a block finds there what was computed with its own adapter: counted over all that is read."""
     writer: dict[tuple[int, int], str | None] = {}
     num_read = {"own": 0, "found": 0, "of others": 0}
-    plain, size = ModelRunner.run, BLOCK_SIZE
+    plain, size = ModelRunner.launch, BLOCK_SIZE
 
     def counting(runner: ModelRunner, chunks: Any, placements: Any = ()) -> Any:
         for chunk in chunks:
-            for position in range(chunk.start, chunk.end):
+            for position in range(chunk.start, chunk.start + len(chunk.tokens)):
                 writer[chunk.blocks[position // size], position % size] = chunk.sequence.adapter
         for chunk in chunks:
             for position in range(chunk.end):
@@ -189,7 +190,7 @@ def test_keys_and_values_are_shared_within_an_adapter_and_never_between_two(
             num_read["found"] += chunk.start if chunk.end - chunk.start > 1 else 0
         return plain(runner, chunks, placements)
 
-    monkeypatch.setattr(ModelRunner, "run", counting)
+    monkeypatch.setattr(ModelRunner, "launch", counting)
     prompts = [list(range(60, 60 + length)) for length in (20, 40, 40, 41)]
 
     async def play(engine: PagedEngine) -> None:
@@ -201,7 +202,7 @@ def test_keys_and_values_are_shared_within_an_adapter_and_never_between_two(
         assert engine.stats().num_prefix_hits > 0
         assert engine.stats().num_preemptions > 0
 
-    run(llama, tokenizer, play, max_adapters=2, max_batch_size=6, max_step_tokens=64, cache_gb=7e-5)
+    run(llama, tokenizer, play, max_adapters=2, max_batch_size=6, max_step_tokens=64, cache_gb=7e-5, **way)
     assert num_read["of others"] == 0
     assert num_read["own"] > 1000
 

@@ -261,12 +261,30 @@ def test_a_failure_ends_what_was_computed_with_it_and_nothing_else(
     )  # a token of the first, the other's prompt, the start of the second's
 
 
+def test_who_found_what_a_step_did_not_compute_fails_with_it_though_it_was_launched_after_it(llama: Any, tokenizer: Any) -> None:
+    prompt = list(range(20, 60))
+    reference = Reference(endless(llama, tokenizer))
+    fail_once(llama, lambda ids: ids.shape == (1, 40))
+
+    async def scene(engine: PagedEngine) -> None:
+        first, second = engine.submit(request(prompt, 12, "a")), engine.submit(request([*prompt, 5], 12, "b"))
+        other = engine.submit(request(PROMPTS[0], 12, "c"))
+        for stream in (first, second):
+            with pytest.raises(RuntimeError, match="on fire"):
+                await collect(stream)
+        assert engine.stats().num_prefix_hits == 1
+        reference.check(PROMPTS[0], 12, tokens_of(await collect(other)))
+        reference.check(prompt, 12, await answer(engine, request(prompt)))
+
+    run(llama, tokenizer, scene, max_batch_size=8, max_step_tokens=40, is_ahead=True)
+
+
 def test_a_fault_of_the_engine_leaves_nobody_waiting(llama: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scene() -> None:
         async with engine_of(endless(llama, tokenizer), tokenizer, max_batch_size=1) as engine:
             streams = [engine.submit(request([5], 50, name)) for name in "ab"]
             await anext(streams[0])
-            monkeypatch.setattr(engine._scheduler, "complete", lambda _: 1 / 0)
+            monkeypatch.setattr(engine._scheduler, "complete", lambda *_: 1 / 0)
             for stream in streams:
                 with pytest.raises(ZeroDivisionError):
                     await collect(stream)

@@ -1,34 +1,65 @@
 """The scheduler under random traffic, against a cache that remembers what was written into it; fairness; preemption; sharing."""
 
+from collections.abc import Sequence as Items
+from itertools import cycle
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 from hypothesis import settings
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tidepool.inference.blocks import Blocks
+from tidepool.inference.lookup import PromptLookup
 from tidepool.inference.scheduler import ANSWER_WEIGHT, PROMPT_WEIGHT, Chunk, Scheduler
-from tidepool.inference.sequence import Sequence
+from tidepool.inference.sequence import PENDING, Sequence
 
 Content = tuple[str | None, tuple[int, ...]]
 
 
+def answer(index: int) -> int:
+    """Token `index` of a sequence, if it is none of its prompt."""
+    return 7 + index % 3
+
+
+class Guesses(PromptLookup):
+    """Guesses of which so many are right, one after the other, and the next one is wrong."""
+
+    def __init__(self, nums_right: list[int]) -> None:
+        self._nums_right = cycle(nums_right)
+
+    def propose(self, tokens: Items[int], num: int) -> tuple[int, ...]:
+        num_right = next(self._nums_right)
+        return tuple(answer(len(tokens) + index) if index < num_right else 99 for index in range(num))
+
+
 class Play:
-    """A scheduler whose steps are computed by writing down, at each place of each block, what the model would have put there."""
+    """A scheduler whose steps are computed by writing down, at each place of each block, what the model would have put there.
+
+    With `is_ahead` what a step chose is told when the step after it has been scheduled.
+    """
 
     def __init__(
-        self, num_blocks: int = 12, block_size: int = 2, max_running: int = 4, max_step_tokens: int = 6, num_slots: int | None = None
+        self,
+        num_blocks: int = 12,
+        block_size: int = 2,
+        max_running: int = 4,
+        max_step_tokens: int = 6,
+        max_draft: int = 0,
+        is_ahead: bool = False,
+        num_slots: int | None = None,
     ) -> None:
         self.blocks = Blocks(num_blocks, block_size)
-        self.scheduler = Scheduler(self.blocks, max_running, max_step_tokens, num_slots)
+        self.scheduler = Scheduler(self.blocks, max_running, max_step_tokens, num_slots, max_draft)
         self.in_slot: dict[int, str | None] = {}
         self.cache: dict[tuple[int, int], Content] = {}
         self.left: dict[Sequence, int] = {}  # tokens that each sequence will yet answer
         self.num_answers = 0
+        self.is_ahead = is_ahead
+        self.untold: list[Chunk] = []
 
     def add(self, tokens: list[int], num_answers: int = 1, client: str = "", adapter: str | None = None, **rest: Any) -> Sequence:
-        sequence = Sequence(list(tokens), adapter, client, **rest)
+        sequence = Sequence(list(tokens), adapter, client, max_length=len(tokens) + num_answers, **rest)
         self.left[sequence] = num_answers
         self.scheduler.add(sequence)
         return sequence
@@ -36,17 +67,18 @@ class Play:
     def step(self, cancel: Sequence | None = None, failing: str | None = "") -> list[Chunk]:
         """Schedule and compute; `cancel` ends while the step goes on, and the chunks with the adapter `failing` fail."""
         chunks = self.scheduler.schedule()
+        assert sum(len(chunk.tokens) for chunk in chunks) <= self.scheduler._max_step_tokens
+        assert all(chunk.end + len(chunk.draft) < chunk.sequence.max_length for chunk in chunks if chunk.draft)
         self.in_slot |= {move.slot: move.adapter for move in self.scheduler.slots.take_moves()}
         assert {None, *self.in_slot.values()} >= {chunk.sequence.adapter for chunk in chunks}
-        assert sum(chunk.end - chunk.start for chunk in chunks) <= self.scheduler._max_step_tokens
         assert len({chunk.sequence for chunk in chunks}) == len(chunks)
         failed = [chunk for chunk in chunks if chunk.sequence.adapter == failing]
         computed = [chunk for chunk in chunks if chunk not in failed]
         for chunk in computed:
-            for index in range(chunk.start, chunk.end):
+            for index in range(chunk.start, chunk.end + len(chunk.draft)):
                 self.cache[self._place(chunk, index)] = self._content(chunk, index)
         for chunk in computed:  # after all writing: nobody may have written where another reads
-            for index in range(chunk.end):
+            for index in range(chunk.end + len(chunk.draft)):
                 assert self.cache[self._place(chunk, index)] == self._content(chunk, index)
         if cancel is not None:
             self.end(cancel)
@@ -54,11 +86,21 @@ class Play:
         for chunk in failed:
             if chunk.sequence in self.left:
                 self.end(chunk.sequence)
-        self.scheduler.complete(computed)
-        for chunk in computed:
-            if chunk.is_last and chunk.sequence in self.left:
-                self._answer(chunk.sequence)
+        nums_right = [self._num_right(chunk) for chunk in computed]
+        self.scheduler.complete(computed, nums_right)
+        self._tell(computed)
         return chunks
+
+    def _tell(self, computed: list[Chunk]) -> None:
+        if self.is_ahead:
+            for chunk in computed:
+                if chunk.is_last:
+                    chunk.sequence.expect()
+            computed, self.untold = self.untold, computed
+        for chunk in computed:
+            for _ in range(1 + self._num_right(chunk)):
+                if chunk.is_last and chunk.sequence in self.left:
+                    self._answer(chunk.sequence)
 
     def end(self, sequence: Sequence) -> None:
         self.scheduler.remove(sequence)
@@ -70,7 +112,7 @@ class Play:
         assert not self.left
 
     def _answer(self, sequence: Sequence) -> None:
-        sequence.tokens.append(7 + len(sequence.tokens) % 3)
+        sequence.append(answer(sequence.num_known))
         self.num_answers += 1
         self.left[sequence] -= 1
         if not self.left[sequence]:
@@ -81,7 +123,13 @@ class Play:
 
     @staticmethod
     def _content(chunk: Chunk, index: int) -> Content:
-        return chunk.sequence.adapter, tuple(chunk.sequence.tokens[: index + 1])
+        tokens = [*chunk.sequence.tokens[: chunk.end], *chunk.draft][: index + 1]
+        return chunk.sequence.adapter, tuple(answer(place) if token == PENDING else token for place, token in enumerate(tokens))
+
+    @staticmethod
+    def _num_right(chunk: Chunk) -> int:
+        right = [guess == answer(chunk.end + index) for index, guess in enumerate(chunk.draft)]
+        return right.index(False) if False in right else len(right)
 
 
 class Traffic(RuleBasedStateMachine):
@@ -91,6 +139,10 @@ class Traffic(RuleBasedStateMachine):
         super().__init__()
         self.play = Play(num_slots=2)
 
+    @initialize(max_draft=st.sampled_from([0, 1, 3]), is_ahead=st.booleans())
+    def choose(self, max_draft: int, is_ahead: bool) -> None:
+        self.play = Play(max_draft=0 if is_ahead else max_draft, is_ahead=is_ahead, num_slots=2)
+
     @rule(
         length=st.integers(1, 8),
         ending=st.integers(0, 2),
@@ -98,9 +150,11 @@ class Traffic(RuleBasedStateMachine):
         client=st.sampled_from("ab"),
         adapter=st.sampled_from([None, *"xyz"]),
         share=st.booleans(),
+        nums_right=st.lists(st.integers(0, 3), min_size=1, max_size=3),
     )
-    def add(self, length: int, ending: int, num_answers: int, client: str, adapter: str | None, share: bool) -> None:
-        self.play.add([1] * (length - 1) + [ending], num_answers, client, adapter, prompt_logprobs=None if share else 0)
+    def add(self, length: int, ending: int, num_answers: int, client: str, adapter: str | None, share: bool, nums_right: list[int]) -> None:
+        rest = {"prompt_logprobs": None if share else 0, "lookup": Guesses(nums_right) if ending else None}
+        self.play.add([1] * (length - 1) + [ending], num_answers, client, adapter, **rest)
 
     @rule()
     def step(self) -> None:
@@ -127,7 +181,7 @@ class Traffic(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         # The oldest goes on in each step, so that all end in the steps that they would take one after the other.
-        self.play.drain(sum(len(one.tokens) + left for one, left in self.play.left.items()))
+        self.play.drain(sum(len(one.tokens) + left for one, left in self.play.left.items()) + self.play.is_ahead)
         assert self.play.blocks.num_free == self.play.blocks.num_blocks
         self.play.scheduler.check()
         assert not self.play.scheduler._clients
@@ -238,6 +292,44 @@ def test_a_scarce_cache_makes_steps_not_tokens(num_blocks: int) -> None:
     play.drain(120)
     assert play.scheduler.counters.num_preemptions > 0
     assert play.num_answers == 45
+
+
+def test_guesses_that_are_right_save_steps_and_the_blocks_of_wrong_ones_are_free_again() -> None:
+    play = Play(num_blocks=20, block_size=2, max_step_tokens=8, max_draft=3)
+    sequence = play.add([1, 2, 3], 9, lookup=Guesses([3, 0, 1]))
+    assert [(chunk.start, chunk.end, len(chunk.draft)) for chunk in play.step()] == [(0, 3, 0)]
+    found = []
+    while sequence in play.left:
+        found += [(chunk.start, chunk.end, len(chunk.draft)) for chunk in play.step()]
+        play.scheduler.check()
+        if sequence in play.left:
+            assert play.blocks.num_free == 20 - -(-sequence.num_computed // 2)
+    # Three right, none, one; the last of the twelve tokens is never guessed, nor computed.
+    assert found == [(3, 4, 3), (7, 8, 3), (8, 9, 2), (10, 11, 0)]
+    assert (play.scheduler.counters.num_drafted_tokens, play.scheduler.counters.num_accepted_tokens) == (8, 4)
+    again = play.add([1, 2, 3, *map(answer, range(3, 12))], 1)
+    assert play.step()[0].start == 10, "what was guessed right can be found"
+    assert again not in play.left
+
+
+def test_guesses_take_only_what_nobody_else_wants() -> None:
+    play = Play(num_blocks=6, block_size=2, max_step_tokens=5, max_draft=3)
+    first = play.add([1], 8, lookup=Guesses([3]))
+    assert len(play.step()[0].draft) == 3
+    second = play.add([5, 6, 7], 2)
+    found = {chunk.sequence: chunk for chunk in play.step()}
+    assert (found[second].start, found[second].end) == (0, 3)
+    assert len(found[first].draft) == 1, "of the five tokens of a step one is the answer's and three are the prompt's"
+    assert play.scheduler.counters.num_preemptions == 0
+
+
+def test_a_step_is_scheduled_before_the_tokens_of_the_one_before_it_are_known() -> None:
+    play = Play(num_blocks=20, block_size=2, max_step_tokens=8, is_ahead=True)
+    sequence = play.add([1, 2, 3], 3)
+    assert [spans(play.step()) for _ in range(3)] == [[(sequence, 0, 3)], [(sequence, 3, 4)], [(sequence, 4, 5)]]
+    assert sequence.tokens == [1, 2, 3, answer(3), answer(4), PENDING]
+    assert play.step() == [], "it has all the tokens that it may have"
+    assert sequence not in play.left
 
 
 # --- Slots of adapters -----------------------------------------------------------------------------------------------

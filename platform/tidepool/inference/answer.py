@@ -14,6 +14,7 @@ from tidepool.inference.detokenizer import Detokenizer
 from tidepool.inference.engine import FinishReason, GenerationRequest, Output
 from tidepool.inference.grammar import CompiledGrammar
 from tidepool.inference.log_probabilities import TokenLogprobs
+from tidepool.inference.lookup import PromptLookup
 from tidepool.inference.sampler import SamplingState
 from tidepool.inference.scheduler import Chunk
 from tidepool.inference.sequence import Sequence
@@ -23,7 +24,10 @@ _END_OF_TURN = "<|im_end|>"
 
 
 class Answer:
-    """Answer `number` of a request. `end_tokens` end the text; `context_length` bounds the prompt and the answer together."""
+    """Answer `number` of a request. `end_tokens` end the text; `context_length` bounds the prompt and the answer together.
+
+    `guesses`: its next tokens may be guessed, if their choice depends on nothing but logits.
+    """
 
     def __init__(
         self,
@@ -33,6 +37,7 @@ class Answer:
         end_tokens: frozenset[int],
         context_length: int,
         grammar: CompiledGrammar | None,
+        guesses: bool = False,
     ) -> None:
         sampling = request.sampling
         self.number = number
@@ -41,12 +46,13 @@ class Answer:
             request.adapter,
             request.fairness_key,
             sampling.prompt_logprobs if number == 0 else None,
-            None if request.is_embedding else SamplingState(sampling, request.prompt_tokens, number, grammar),
+            state := None if request.is_embedding else SamplingState(sampling, request.prompt_tokens, number, grammar),
             request.is_embedding,
+            context_length if sampling.max_tokens is None else min(len(request.prompt_tokens) + sampling.max_tokens, context_length),
+            PromptLookup() if guesses and state is not None and state.can_look_ahead else None,
         )
         self.is_over = False
-        room = context_length - len(request.prompt_tokens)
-        self._num_left = room if sampling.max_tokens is None else min(sampling.max_tokens, room)
+        self._num_left = self.sequence.max_length - len(request.prompt_tokens)
         self._end_tokens = end_tokens | sampling.stop_token_ids
         self._prompt_logprobs: list[TokenLogprobs | None] | None = [None] if self.sequence.prompt_logprobs is not None else None
         self._hidden_sum_H: Tensor | None = None
@@ -68,7 +74,7 @@ class Answer:
 
     def accept(self, token: int) -> FinishReason | None:
         """The next token has been chosen; returns what ends the answer, unless its text does."""
-        self.sequence.tokens.append(token)
+        self.sequence.append(token)
         assert self.sequence.sampling is not None
         self.sequence.sampling.append(token)
         self._num_left -= 1

@@ -8,7 +8,7 @@ refuses whatever else its attention asks for by name, so that nothing is silentl
 """
 
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from tidepool.errors import ModelError
 from tidepool.inference import native
 from tidepool.inference.scheduler import Chunk
+from tidepool.inference.transfer import upload
 
 IMPLEMENTATION = "tidepool_paged"
 _KNOWN = {"scaling", "sliding_window", "dropout", "paged"}
@@ -86,13 +87,27 @@ class Ragged:
     def num_decoding(self) -> int:
         return len(self.lengths_D)
 
+    def to(self, device: torch.device) -> "Ragged":
+        """The same on the device."""
+        if device.type == "cpu":
+            return self
+        return Ragged(
+            self.cache,
+            upload(self.tokens_1T, device),
+            upload(self.positions_1T, device),
+            upload(self.places_T, device),
+            upload(self.lengths_D, device),
+            upload(self.blocks_DN, device),
+            [replace(piece, places_T=upload(piece.places_T, device)) for piece in self.pieces],
+        )
+
     def mask(self, start: int, end: int, window: int | None) -> Tensor:
         """Which of `end` keys each query from `start` on sees."""
         key = (start, end, window)
         if key not in self._masks:
             distance = torch.arange(start, end)[:, None] - torch.arange(end)[None]
             seen = distance >= 0
-            self._masks[key] = (seen & (distance < window) if window else seen).to(self.places_T.device)
+            self._masks[key] = upload(seen & (distance < window) if window else seen, self.places_T.device)
         return self._masks[key]
 
     def decoding(self, window: int | None) -> tuple[Tensor, Tensor]:
@@ -111,51 +126,36 @@ class Ragged:
         return self._gathered[window]
 
 
-def pack_alone(chunks: Items[Chunk], cache: Cache) -> Ragged:
-    """Put the chunks into one row, of which each token attends by itself as if it were decoded: the same bits however prompts are cut."""
-    size = cache.block_size
-    of_tokens = [(chunk, position) for chunk in chunks for position in range(chunk.start, chunk.end)]
-    num_columns = max(-(-chunk.end // size) for chunk in chunks)
-    table = [chunk.blocks[:num_columns] + [0] * (num_columns - len(chunk.blocks)) for chunk, _ in of_tokens]
-    return Ragged(
-        cache,
-        torch.tensor([[chunk.sequence.tokens[position] for chunk, position in of_tokens]]),
-        torch.tensor([[position for _, position in of_tokens]]),
-        torch.tensor([chunk.blocks[position // size] * size + position % size for chunk, position in of_tokens]),
-        torch.tensor([position + 1 for _, position in of_tokens], dtype=torch.int32),
-        torch.tensor(table, dtype=torch.int32),
-        [],
-    )
+def pack(chunks: Items[Chunk], cache: Cache, all_alone: bool = False) -> Ragged:
+    """Put the chunks into one row, in their order, in the host's memory: first those of one token and its draft, then the longer ones.
 
-
-def pack(chunks: Items[Chunk], cache: Cache, device: torch.device) -> Ragged:
-    """Put the chunks into one row, in their order: first those of one token, then the longer ones."""
+    `all_alone`: each token attends by itself as if it were decoded, so that its bits are the same however its prompt is cut. The
+    tokens of a draft always do.
+    """
     size = cache.block_size
-    singles = [chunk for chunk in chunks if chunk.end - chunk.start == 1]
-    longer = chunks[len(singles) :]
-    tokens = [chunk.sequence.tokens[chunk.start] for chunk in singles]
-    positions = [chunk.start for chunk in singles]
-    places = [chunk.blocks[chunk.start // size] * size + chunk.start % size for chunk in singles]
-    num_columns = max((-(-chunk.end // size) for chunk in singles), default=0)
-    table = [chunk.blocks[:num_columns] + [0] * (num_columns - len(chunk.blocks)) for chunk in singles]
+    alone = [chunk for chunk in chunks if all_alone or chunk.end - chunk.start == 1]
+    tokens: list[int] = []
+    positions: list[int] = []
+    table: list[list[int]] = []
+    num_columns = max((-(-(chunk.end + len(chunk.draft)) // size) for chunk in alone), default=0)
+    for chunk in alone:
+        of_chunk = chunk.tokens
+        tokens += of_chunk
+        positions += range(chunk.start, chunk.start + len(of_chunk))
+        table += [chunk.blocks[:num_columns] + [0] * (num_columns - len(chunk.blocks))] * len(of_chunk)
+    blocks_DN = torch.tensor(table, dtype=torch.int32).reshape(len(table), num_columns)
+    positions_D = torch.tensor(positions)
+    places = [blocks_DN.gather(1, (positions_D // size)[:, None])[:, 0].long() * size + positions_D % size] if table else []
     pieces = []
-    for chunk in longer:
-        assert chunk.end - chunk.start > 1
+    for chunk in chunks[len(alone) :]:
         blocks = torch.tensor(chunk.blocks[: -(-chunk.end // size)])
         all_places = (blocks[:, None] * size + torch.arange(size)).flatten()[: chunk.end]
-        pieces.append(Piece(len(tokens), len(tokens) + chunk.end - chunk.start, chunk.start, chunk.end, all_places.to(device)))
-        tokens += chunk.sequence.tokens[chunk.start : chunk.end]
+        pieces.append(Piece(len(tokens), len(tokens) + chunk.end - chunk.start, chunk.start, chunk.end, all_places))
+        tokens += chunk.tokens
         positions += range(chunk.start, chunk.end)
-        places += all_places[chunk.start :].tolist()
-    return Ragged(
-        cache,
-        torch.tensor([tokens], device=device),
-        torch.tensor([positions], device=device),
-        torch.tensor(places, device=device),
-        torch.tensor([chunk.end for chunk in singles], dtype=torch.int32, device=device),
-        torch.tensor(table, dtype=torch.int32, device=device).reshape(len(singles), num_columns),
-        pieces,
-    )
+        places.append(all_places[chunk.start :])
+    lengths_D = (positions_D + 1).int()
+    return Ragged(cache, torch.tensor([tokens]), torch.tensor([positions]), torch.cat(places), lengths_D, blocks_DN, pieces)
 
 
 def attend(
@@ -191,6 +191,10 @@ def attend(
 
 def _decode(query_DHK: Tensor, keys: Tensor, values: Tensor, paged: Ragged, scale: float, window: int | None) -> Tensor:
     """One query of each sequence (D, H, V)."""
+    if query_DHK.is_cuda:
+        from tidepool.inference import paged_attention  # Triton comes with torch where there are GPUs
+
+        return paged_attention.attend(query_DHK, keys, values, paged.blocks_DN, paged.lengths_D, paged.cache.block_size, scale, window)
     if native.can_attend(query_DHK, keys):
         return native.attend(query_DHK, keys, values, paged.blocks_DN, paged.lengths_D, paged.cache.block_size, scale, window)
     places, seen_D11L = paged.decoding(window)

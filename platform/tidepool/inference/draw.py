@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tidepool.inference.transfer import upload
+
 BLOCK = 128
 """Weights are added up in blocks of this many, in float32, and blocks in float64."""
 
@@ -53,15 +55,18 @@ def block_edges(weights_BN: Tensor) -> Tensor:
     return weights_BN.view(len(weights_BN), -1, BLOCK).sum(dim=2).cumsum(dim=1, dtype=torch.float64)
 
 
-def draw(weights_BN: Tensor, uniforms_B: np.ndarray) -> tuple[list[int], list[bool]]:
-    """Tokens in proportion to weights (float32, N a multiple of `BLOCK`), and whether the row had weights that make sense."""
+def draw(weights_BN: Tensor, uniforms_B: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Tokens in proportion to weights (float32, N a multiple of `BLOCK`), and whether the row had weights that make sense.
+
+    Both on the device of the weights, for which nobody waits here.
+    """
     blocks = weights_BN.view(len(weights_BN), -1, BLOCK)
     edges = block_edges(weights_BN)
-    point = torch.from_numpy(uniforms_B)[:, None].to(edges.device) * edges[:, -1:]
+    point = upload(torch.from_numpy(uniforms_B), edges.device)[:, None] * edges[:, -1:]
     block = torch.searchsorted(edges, point, right=True).clamp(max=edges.shape[1] - 1)
     before = torch.where(block > 0, edges.gather(1, (block - 1).clamp(min=0)), 0)
     inside = blocks[torch.arange(len(blocks), device=blocks.device), block[:, 0]].cumsum(dim=1, dtype=torch.float64)
     # The block's float32 sum may be above this one: then the last token of the block that can be drawn is.
     rest = torch.minimum(point - before, inside[:, -1:] * (1 - 2.0**-53))
     offset = torch.searchsorted(inside, rest, right=True).clamp(max=BLOCK - 1)
-    return (block * BLOCK + offset)[:, 0].tolist(), edges[:, -1].isfinite().tolist()
+    return (block * BLOCK + offset)[:, 0], edges[:, -1].isfinite()

@@ -62,7 +62,7 @@ class EngineStats:
 
     `num_placements` counts adapters that were given one of the slots that a step computes with.
     A step is one turn of the engine; `num_chunks` are prompts' pieces but for the last of each; `num_prefix_hits` answers began with
-    `num_prefix_tokens` that were in the cache.
+    `num_prefix_tokens` that were in the cache; of `num_drafted_tokens` that were guessed, `num_accepted_tokens` were right.
     """
 
     num_running: int
@@ -74,6 +74,8 @@ class EngineStats:
     num_preemptions: int = 0
     num_prefix_hits: int = 0
     num_prefix_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     num_placements: int = 0
     num_free_blocks: int = 0
     num_blocks: int = 0

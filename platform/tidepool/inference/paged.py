@@ -11,15 +11,19 @@ Invariants:
   model's arithmetic owes to the shape of a batch: a near tie between two tokens.
 - A request whose client left, however it left, is computed no further than the step that is going on.
 - The text of a step's tokens is made while the next step computes.
+- On a GPU a step is launched before the tokens of the one before it are known, unless somebody's next token depends on more than
+  logits; at most two are on their way.
 """
 
 import asyncio
 import logging
 import weakref
+from collections import deque
 from collections.abc import Callable, Coroutine, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -32,10 +36,12 @@ from tidepool.inference.blocks import Blocks
 from tidepool.inference.engine import EngineStats, FinishReason, GenerationRequest, Output
 from tidepool.inference.fused import fuse
 from tidepool.inference.grammar import CompiledGrammar, Grammars
+from tidepool.inference.graphs import cuda_graphs
 from tidepool.inference.limits import BLOCK_SIZE, adapters_bytes, context_length, num_blocks
 from tidepool.inference.linear import swap_linear_layers
+from tidepool.inference.log_probabilities import TokenLogprobs
 from tidepool.inference.lora import Matrices, pack
-from tidepool.inference.runner import Computed, ModelRunner, Placement
+from tidepool.inference.runner import Computed, Flight, ModelRunner, Placement
 from tidepool.inference.scheduler import Chunk, Scheduler
 from tidepool.inference.sequence import Sequence
 from tidepool.inference.stream import Stream
@@ -70,17 +76,34 @@ class _Accepted:
 
     live: _Live
     answer: Answer
-    computed: Computed
+    token: int
+    logprobs: TokenLogprobs | None
     reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step that has been launched; `is_expected`: the scheduler counts it as computed."""
+
+    flight: Future[Flight]
+    is_expected: bool
 
 
 class PagedEngine:
     """An `Engine` of a model in eval mode, which nobody else may use from now on, and its tokenizer.
 
-    Raises `ModelError` for a model that it cannot run.
+    `is_ahead`: a step is launched before the tokens of the one before it are known (None: on a GPU; never with guesses, which are
+    made of known tokens). Raises `ModelError` for a model that it cannot run.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EngineSpec, read: ReadAdapter) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        spec: EngineSpec,
+        read: ReadAdapter,
+        is_ahead: bool | None = None,
+    ) -> None:
         self._tokenizer, self._spec = tokenizer, spec
         self.context_length = context_length(model, spec)
         """Tokens that a prompt and its answer have room for together."""
@@ -92,9 +115,15 @@ class PagedEngine:
         fuse(model)
         self._blocks = Blocks(num_blocks(spec, self.context_length, self._runner.block_size_bytes, model.device), BLOCK_SIZE)
         layers = self._runner.allocate(self._blocks.num_blocks, spec.max_adapters)
+        if model.device.type != "cpu":
+            max_rows, num_columns = spec.max_batch_size * (1 + spec.speculative_tokens), -(-self.context_length // BLOCK_SIZE)
+            self._runner.record(max_rows, num_columns, cuda_graphs())
         max_step_tokens = max(spec.max_step_tokens, spec.max_batch_size)
-        self._scheduler = Scheduler(self._blocks, spec.max_batch_size, max_step_tokens, spec.max_adapters)
+        self._scheduler = Scheduler(self._blocks, spec.max_batch_size, max_step_tokens, spec.max_adapters, spec.speculative_tokens)
+        self._is_ahead = (model.device.type != "cpu" if is_ahead is None else is_ahead) and not spec.speculative_tokens
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._uncomputed: dict[int, Exception] = {}  # blocks of the step before that failed
+        self._guesses = spec.speculative_tokens > 0
         self._live: dict[str, _Live] = {}
         self._of_sequence: dict[Sequence, tuple[_Live, Answer]] = {}
         self._driver: asyncio.Task[None] | None = None
@@ -162,54 +191,89 @@ class PagedEngine:
 
     async def _drive(self) -> None:
         accepted: list[_Accepted] = []
-        while chunks := self._next_step():
-            step = self._compute(partial(self._runner.run, chunks, self._placements()))
+        steps: deque[_Step] = deque()  # launched: one, or two where the second needs nothing that the first one brings to the host
+        while True:
+            is_next = (not steps or steps[-1].is_expected) and (chunks := self._next_step())
+            if is_next:
+                steps.append(self._launch(chunks))
             self._tell_all(accepted)
-            results = await step
-            self._scheduler.fail([result.chunk for result in results if result.error])
-            self._scheduler.complete([result.chunk for result in results if not result.error])
-            accepted = [one for result in results if (one := self._accept(result))]
-        self._tell_all(accepted)
+            accepted = []
+            if not steps:
+                return
+            if is_next and len(steps) == 1 and steps[0].is_expected:
+                continue
+            results = await self._collect(steps.popleft())
+            accepted = [one for result in results for one in self._accept(result)]
+
+    def _launch(self, chunks: list[Chunk]) -> _Step:
+        """Begin a step. If nobody's next token depends on more than logits, the step after it can be scheduled at once."""
+        states = [chunk.sequence.sampling for chunk in chunks]
+        is_expected = self._is_ahead and all(state is None or state.can_look_ahead for state in states)
+        step = _Step(self._thread.submit(self._runner.launch, chunks, self._placements()), is_expected)
+        if is_expected:
+            self._scheduler.complete(chunks)
+            for chunk in chunks:
+                if chunk.is_last and chunk.sequence.sampling is not None:
+                    chunk.sequence.expect()
+        return step
+
+    async def _collect(self, step: _Step) -> list[Computed]:
+        """What a step has made, and who failed with it."""
+        results = await self._compute(lambda: self._runner.collect(step.flight.result()))
+        for index, one in enumerate(results):  # who found, in a step launched meanwhile, what a step that failed did not compute
+            if found := self._uncomputed.keys() & one.chunk.blocks:
+                results[index] = Computed(one.chunk, error=self._uncomputed[found.pop()])
+        failed = [one for one in results if one.error]
+        self._scheduler.fail([one.chunk for one in failed])
+        self._uncomputed = {}
+        for one in failed:
+            if step.is_expected and one.error:
+                self._uncomputed |= dict.fromkeys(one.chunk.blocks[one.chunk.start // BLOCK_SIZE :], one.error)
+        if not step.is_expected:
+            computed = [one for one in results if not one.error]
+            self._scheduler.complete([one.chunk for one in computed], [one.num_accepted for one in computed])
+        return results
 
     def _next_step(self) -> list[Chunk]:
         for live in [live for live in self._live.values() if live.stream() is None]:  # nobody waits for these any more
             self._end(live)
         return self._scheduler.schedule()
 
-    def _accept(self, result: Computed) -> _Accepted | None:
+    def _accept(self, result: Computed) -> list[_Accepted]:
         """Take in what a step made of a sequence; the next step needs no more than this."""
         live, answer = self._of_sequence.get(result.chunk.sequence, (None, None))
-        if live is None or answer is None:  # cancelled during the step
-            return None
+        if live is None or answer is None:  # it ended during the step
+            return []
         if result.error is not None:
             self._tell(live, result.error)
             self._end(live)
-            return None
+            return []
         if result.hidden_sum_H is not None:
             if output := answer.embed(result.chunk, result.hidden_sum_H):
                 self._tell(live, output)
                 self._end(live)
-            return None
+            return []
         answer.keep_prompt_logprobs(result.chunk.start, result.prompt_logprobs)
-        if result.token is None:
-            return None
-        self._num_generated_tokens += 1
-        reason = answer.accept(result.token)
-        if reason is not None:
-            self._end_answer(answer)
-        return _Accepted(live, answer, result, reason)
+        accepted = []
+        for token, logprobs in zip_longest(result.tokens, result.logprobs):
+            self._num_generated_tokens += 1
+            reason = answer.accept(token)
+            accepted.append(_Accepted(live, answer, token, logprobs, reason))
+            if reason is not None:
+                self._end_answer(answer)
+                break
+        return accepted
 
     def _tell_all(self, accepted: list[_Accepted]) -> None:
         """Make the texts, and end who left or whose text is over."""
         for one in accepted:
-            if one.live.ended.is_set():
+            if one.live.ended.is_set() or one.answer.is_over:
                 continue
             if one.live.stream() is None:
                 self._end(one.live)
                 continue
-            assert one.computed.token is not None
             try:
-                output = one.answer.tell(one.computed.token, one.reason, one.computed.logprobs)
+                output = one.answer.tell(one.token, one.reason, one.logprobs)
             except Exception as error:  # noqa: BLE001 whatever a tokenizer raises, the others' steps must go on
                 self._tell(one.live, error)
                 self._end(one.live)
@@ -235,7 +299,7 @@ class PagedEngine:
 
     def _start(self, live: _Live, grammar: CompiledGrammar | None) -> None:
         for number in range(live.request.sampling.n):
-            answer = Answer(live.request, number, self._tokenizer, self._end_tokens, self.context_length, grammar)
+            answer = Answer(live.request, number, self._tokenizer, self._end_tokens, self.context_length, grammar, self._guesses)
             live.answers.append(answer)
         if live.request.resumed is not None and not self._resume(live, live.request.resumed):
             return

@@ -8,8 +8,8 @@ Invariants:
 import inspect
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import cast
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -17,12 +17,15 @@ from transformers import PreTrainedModel
 
 from tidepool.errors import ModelError
 from tidepool.inference import native
-from tidepool.inference.attention import Cache, Ragged, check_attention, pack, pack_alone
+from tidepool.inference.attention import Cache, Ragged, check_attention, pack
+from tidepool.inference.graphs import DecodeGraphs, Record
 from tidepool.inference.log_probabilities import TokenLogprobs, prompt_logprobs
 from tidepool.inference.lora import PackedAdapter
 from tidepool.inference.lora_layers import NO_SLOT, LoraLayers, runs_of
-from tidepool.inference.sampler import Sampler, SamplingState
+from tidepool.inference.sampler import Choice, Sampled, Sampler, SamplingState
 from tidepool.inference.scheduler import Chunk
+from tidepool.inference.sequence import PENDING, Sequence
+from tidepool.inference.transfer import upload
 
 _INPUTS = {"position_ids", "logits_to_keep"}
 _ATTENTIONS = {"full_attention", "sliding_attention"}
@@ -39,15 +42,57 @@ class Placement:
 
 @dataclass(frozen=True)
 class Computed:
-    """What a step made of a chunk: the next token if it was the sequence's last chunk, and the log-probabilities that were asked for."""
+    """What a step made of a chunk, with the log-probabilities that were asked for.
+
+    `tokens` are none but for a sequence's last chunk: the right ones of its draft, and the one that follows them.
+    """
 
     chunk: Chunk
-    token: int | None = None
-    logprobs: TokenLogprobs | None = None
+    tokens: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: Exception | None = None
     hidden_sum_H: Tensor | None = None
     """Of a chunk of an embedding: float32, in host memory."""
+
+    @property
+    def num_accepted(self) -> int:
+        """Tokens of the draft that were right."""
+        return max(0, len(self.tokens) - 1)
+
+
+@dataclass
+class _Pass:
+    """A forward pass that has been launched: its chunks, where the tokens of each stand in the choice, and its prompts' part."""
+
+    chunks: list[Chunk]
+    choice: Choice | None
+    spans: list[tuple[int, int]]
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]]
+
+    def read(self) -> list[Computed]:
+        sampled = self.choice.read() if self.choice else Sampled([])
+        return [self._of_chunk(index, chunk, sampled) for index, chunk in enumerate(self.chunks)]
+
+    def _of_chunk(self, index: int, chunk: Chunk, sampled: Sampled) -> Computed:
+        first, last = self.spans[index]
+        if first < last and first in sampled.errors:
+            return Computed(chunk, error=sampled.errors[first])
+        right = first
+        while right + 1 < last and sampled.tokens[right] == chunk.draft[right - first] and right + 1 not in sampled.errors:
+            right += 1
+        rows = range(first, min(right + 1, last))
+        logprobs = tuple(sampled.logprobs[row] for row in rows if row in sampled.logprobs)
+        return Computed(chunk, tuple(sampled.tokens[row] for row in rows), logprobs, self.prompt_logprobs.get(index, ()))
+
+
+@dataclass
+class Flight:
+    """A step that has been launched, and may not have been computed yet."""
+
+    passes: list[_Pass] = field(default_factory=list)
+    results: list[Computed] = field(default_factory=list)
+    """Those that are there already: embeddings and failures."""
 
 
 class ModelRunner:
@@ -62,9 +107,12 @@ class ModelRunner:
         self._shapes = check_attention(model)
         self._block_size = block_size
         self._cache: Cache | None = None
+        self._graphs: DecodeGraphs | None = None
         self._layers: LoraLayers | None = None
         self._slot_of: dict[str | None, int] = {None: NO_SLOT}
         self._sampler = Sampler()
+        self._row_of: dict[Sequence, int] = {}
+        self._chosen_B: Tensor | None = None
 
     @property
     def block_size_bytes(self) -> int:
@@ -73,10 +121,19 @@ class ModelRunner:
         return self._block_size * sum(one.num_floats for one in self._shapes) * itemsize
 
     def allocate(self, num_blocks: int, num_slots: int) -> LoraLayers:
-        """Make the cache, whose memory is taken as it is used, and the slots for adapters on the model's layers as they are now."""
-        self._cache = Cache(self._shapes, num_blocks, self._block_size, self._base.dtype, self._base.device)
+        """Make the cache, whose memory is taken as it is used, and the slots for adapters on the model's layers as they are now.
+
+        The cache has a block more, which is nobody's.
+        """
+        self._cache = Cache(self._shapes, num_blocks + 1, self._block_size, self._base.dtype, self._base.device)
         self._layers = LoraLayers(self._base, num_slots)
         return self._layers
+
+    @torch.inference_mode()
+    def record(self, max_rows: int, num_columns: int, record: Record) -> None:
+        """Record forward passes of the base alone, of decoding rows only, for `DecodeGraphs`; others are computed as before."""
+        assert self._cache is not None
+        self._graphs = DecodeGraphs(self._logits, self._cache, max_rows, num_columns, record)
 
     def place(self, placements: Items[Placement]) -> None:
         """Change what slots hold, in this order."""
@@ -88,24 +145,61 @@ class ModelRunner:
             self._layers.put(placement.slot, placement.adapter)
 
     @torch.inference_mode()
-    def run(self, chunks: Items[Chunk], placements: Items[Placement] = ()) -> list[Computed]:
-        """Compute a step, after a change of what slots hold."""
+    def launch(self, chunks: Items[Chunk], placements: Items[Placement] = ()) -> Flight:
+        """Begin a step, after a change of what slots hold. A token that is pending is one that the step launched before it chooses."""
         self.place(placements)
+        lost = [chunk for chunk in chunks if _num_pending(chunk) and chunk.sequence not in self._row_of]
+        flight = Flight(results=[Computed(chunk, error=RuntimeError("The step before this one failed.")) for chunk in lost])
         # Those of one token first; then rows of the same adapter stand together.
-        ordered = sorted(chunks, key=lambda chunk: (chunk.end - chunk.start > 1, self._slot_of[chunk.sequence.adapter]))
+        ordered = sorted(
+            (chunk for chunk in chunks if chunk not in lost),
+            key=lambda chunk: (chunk.end - chunk.start > 1, self._slot_of[chunk.sequence.adapter]),
+        )
         embedding = [chunk for chunk in ordered if chunk.sequence.is_embedding]
         answering = [chunk for chunk in ordered if not chunk.sequence.is_embedding]
         try:
-            computed = self._embed(embedding) if embedding else []  # first: the others may have found its blocks in this step
-            return computed + (self._compute(answering) if answering else [])
+            # Embeddings first: the others may have found their blocks in this step.
+            flight.results += self._embed(embedding) if embedding else []
+            flight.passes += [self._compute(answering)] if answering else []
         except Exception as error:  # noqa: BLE001 whatever the model raises, the engine must serve the requests after these
-            return [Computed(chunk, error=error) for chunk in ordered]
+            done = [one.chunk for one in flight.results]
+            flight.results += [Computed(chunk, error=error) for chunk in ordered if chunk not in done]
+        self._remember(flight)
+        return flight
+
+    def collect(self, flight: Flight) -> list[Computed]:
+        """What a step has computed, once it has."""
+        results = flight.results
+        for one in flight.passes:
+            try:
+                results += one.read()
+            except Exception as error:  # noqa: BLE001 a GPU says here what went wrong there
+                results += [Computed(chunk, error=error) for chunk in one.chunks]
+        return results
 
     # --- A forward pass ----------------------------------------------------------------------------------------------
 
+    def _compute(self, chunks: list[Chunk]) -> _Pass:
+        """One forward pass over chunks, those of one token first, and the choice of the tokens that follow."""
+        wanted, prompts, answers = _wanted(chunks)
+        logits_NV = self._forward(chunks, wanted or [0])
+        prompt_logprobs = {index: _prompt_logprobs(chunks[index], logits_NV[first:last]) for index, (first, last) in prompts.items()}
+        states: list[SamplingState] = []
+        ahead: list[int] = []
+        spans: list[tuple[int, int]] = []
+        for chunk in chunks:
+            spans.append((len(states), len(states) + chunk.num_wanted))
+            states += [_sampling(chunk)] * chunk.num_wanted
+            ahead += [_num_pending(chunk) + index for index in range(chunk.num_wanted)]
+        choice = None
+        if answers:
+            logits_BV = logits_NV if len(answers) == len(wanted) else logits_NV[answers]
+            choice = self._sampler.choose(logits_BV, states, ahead)
+        return _Pass(chunks, choice, spans, prompt_logprobs)
+
     def _embed(self, chunks: list[Chunk]) -> list[Computed]:
         """One forward pass over chunks of prompts, up to the hidden states after the last norm."""
-        ragged = self._pack(chunks)
+        ragged = self._pack(chunks).to(self._base.device)
         inner = self._base.base_model
         with self._adapters_of(chunks, []):
             found = inner(input_ids=ragged.tokens_1T, position_ids=ragged.positions_1T, use_cache=False, paged=ragged)
@@ -115,43 +209,53 @@ class ModelRunner:
 
     def _pack(self, chunks: list[Chunk]) -> Ragged:
         assert self._cache is not None
-        return pack_alone(chunks, self._cache) if self._batch_invariant else pack(chunks, self._cache, self._base.device)
+        return pack(chunks, self._cache, self._batch_invariant)
 
-    def _compute(self, chunks: list[Chunk]) -> list[Computed]:
-        """One forward pass over chunks, those of one token first, and the tokens that follow from it."""
-        ragged = self._pack(chunks)
-        rows, spans = _wanted(chunks)
-        kept = rows or [0]
-        with self._adapters_of(chunks, kept):
-            logits_NV = self._base(
-                input_ids=ragged.tokens_1T,
-                position_ids=ragged.positions_1T,
-                use_cache=False,
-                logits_to_keep=torch.tensor(kept, device=self._base.device),
-                paged=ragged,
-            ).logits[0]
-        prompts = {index: _prompt_logprobs(chunks[index], logits_NV[first:last]) for index, (first, last) in spans.items()}
-        answering = [index for index, chunk in enumerate(chunks) if chunk.is_last]
-        sampled = None
-        if answering:
-            logits_BV = logits_NV if len(rows) == len(answering) else logits_NV[_last_rows(chunks, spans)]
-            sampled = self._sampler.sample(logits_BV, [_sampling(chunks[index]) for index in answering])
-        row_of = {index: row for row, index in enumerate(answering)}
-        results = []
-        for index, chunk in enumerate(chunks):
-            row = row_of.get(index)
-            if row is None or sampled is None:
-                results.append(Computed(chunk, prompt_logprobs=prompts.get(index, ())))
-            elif row in sampled.errors:
-                results.append(Computed(chunk, error=sampled.errors[row]))
-            else:
-                results.append(Computed(chunk, sampled.tokens[row], sampled.logprobs.get(row), prompts.get(index, ())))
-        return results
+    def _forward(self, chunks: list[Chunk], wanted: list[int]) -> Tensor:
+        """The logits of the wanted ones of the tokens of the chunks."""
+        device, ragged = self._base.device, self._pack(chunks)
+        if self._graphs is not None and not any(chunk.sequence.adapter for chunk in chunks) and self._graphs.can_run(ragged):
+            logits_TV = self._graphs.run(ragged, lambda tokens_1T: self._fill_in(tokens_1T, chunks))
+            return logits_TV if len(wanted) == len(logits_TV) else logits_TV[upload(torch.tensor(wanted), device)]
+        ragged = ragged.to(device)
+        self._fill_in(ragged.tokens_1T, chunks)
+        with self._adapters_of(chunks, wanted):
+            return self._logits(ragged, upload(torch.tensor(wanted), device))
+
+    def _logits(self, ragged: Ragged, wanted: Tensor | Literal[0] = 0) -> Tensor:
+        """Of the wanted tokens, or of all (0)."""
+        logits_1NV: Tensor = self._base(
+            input_ids=ragged.tokens_1T, position_ids=ragged.positions_1T, use_cache=False, logits_to_keep=wanted, paged=ragged
+        ).logits
+        return logits_1NV[0]
+
+    def _fill_in(self, tokens_1T: Tensor, chunks: list[Chunk]) -> None:
+        """Put the tokens that the step before chooses in their places."""
+        places, rows, first = [], [], 0
+        for chunk in chunks:
+            first += len(chunk.tokens)
+            if _num_pending(chunk):
+                places.append(first - 1)
+                rows.append(self._row_of[chunk.sequence])
+        if places:
+            assert self._chosen_B is not None
+            places_P, rows_P = (upload(torch.tensor(one), tokens_1T.device) for one in (places, rows))
+            tokens_1T[0, places_P] = self._chosen_B[rows_P]
+
+    def _remember(self, flight: Flight) -> None:
+        """Where the tokens are that this step chooses."""
+        self._row_of = {}
+        choices = [(one, one.choice.tokens_B) for one in flight.passes if one.choice is not None]
+        num_before = 0
+        for one, tokens_B in choices:
+            self._row_of |= {chunk.sequence: num_before + first for chunk, (first, _) in zip(one.chunks, one.spans, strict=True)}
+            num_before += len(tokens_B)
+        self._chosen_B = torch.cat([tokens_B for _, tokens_B in choices]) if choices else None
 
     def _adapters_of(self, chunks: list[Chunk], kept: list[int]) -> AbstractContextManager[None]:
         """Within it all tokens of the chunks are computed with their own adapters, and so are the logits of those that are kept."""
         assert self._layers is not None
-        of_token = [self._slot_of[chunk.sequence.adapter] for chunk in chunks for _ in range(chunk.start, chunk.end)]
+        of_token = [self._slot_of[chunk.sequence.adapter] for chunk in chunks for _ in chunk.tokens]
         return self._layers.rows(runs_of(of_token), runs_of([of_token[row] for row in kept]))
 
 
@@ -160,31 +264,29 @@ def _sampling(chunk: Chunk) -> SamplingState:
     return chunk.sequence.sampling
 
 
-def _wanted(chunks: list[Chunk]) -> tuple[list[int], dict[int, tuple[int, int]]]:
-    """The tokens of the row whose logits are wanted, and where those of prompts' log-probabilities stand among them, by chunk."""
+def _num_pending(chunk: Chunk) -> int:
+    """Tokens of the chunk that are not known yet: its last one, or none."""
+    return int(chunk.sequence.tokens[chunk.end - 1] == PENDING)
+
+
+def _wanted(chunks: list[Chunk]) -> tuple[list[int], dict[int, tuple[int, int]], list[int]]:
+    """The tokens of the row whose logits are wanted, where those of prompts' log-probabilities stand among them, by chunk, and
+    where those from which tokens are chosen do.
+    """
     rows: list[int] = []
-    spans: dict[int, tuple[int, int]] = {}
+    prompts: dict[int, tuple[int, int]] = {}
+    answers: list[int] = []
     first = 0
     for index, chunk in enumerate(chunks):
-        length = chunk.end - chunk.start
+        after = first + chunk.end - chunk.start + len(chunk.draft)
         if chunk.sequence.prompt_logprobs is not None and chunk.start < chunk.sequence.num_prompt:
-            spans[index] = (len(rows), len(rows) + length)
-            rows += range(first, first + length)
-        elif chunk.is_last:
-            rows.append(first + length - 1)
-        first += length
-    return rows, spans
-
-
-def _last_rows(chunks: list[Chunk], spans: dict[int, tuple[int, int]]) -> list[int]:
-    """Where the logits of each last token stand among the wanted ones."""
-    found, next_row = [], 0
-    for index, chunk in enumerate(chunks):
-        num_rows = spans[index][1] - spans[index][0] if index in spans else int(chunk.is_last)
-        next_row += num_rows
-        if chunk.is_last:
-            found.append(next_row - 1)
-    return found
+            prompts[index] = (len(rows), len(rows) + chunk.end - chunk.start)
+            rows += range(first, after)
+        else:
+            rows += range(after - chunk.num_wanted, after)
+        answers += range(len(rows) - chunk.num_wanted, len(rows))
+        first = after
+    return rows, prompts, answers
 
 
 def _prompt_logprobs(chunk: Chunk, logits_NV: Tensor) -> tuple[TokenLogprobs, ...]:

@@ -26,6 +26,7 @@ from tidepool.inference.grammar import CompiledGrammar
 from tidepool.inference.log_probabilities import TokenLogprobs, token_logprobs
 from tidepool.inference.penalties import Penalties, TokenCounts, penalise
 from tidepool.inference.sampling_parameters import SamplingParameters
+from tidepool.inference.transfer import Download
 from tidepool.inference.truncation import Truncation, draw_truncated
 
 _SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
@@ -70,6 +71,21 @@ class Sampled:
     errors: dict[int, Exception] = field(default_factory=dict)
 
 
+class Choice:
+    """The next token of each row as the device chooses it now: `tokens_B` for whatever is launched there, `read` for the host."""
+
+    def __init__(self, tokens_B: Tensor, is_valid_B: Tensor, logprobs: dict[int, TokenLogprobs], errors: dict[int, Exception]) -> None:
+        self.tokens_B = tokens_B
+        self._download = Download(tokens_B, is_valid_B)
+        self._logprobs, self._errors = logprobs, errors
+
+    def read(self) -> Sampled:
+        """Wait for the tokens."""
+        tokens_B, is_valid_B = self._download.wait()
+        errors = {row: _broken() for row, is_valid in enumerate(is_valid_B.tolist()) if not is_valid} | self._errors
+        return Sampled(tokens_B.tolist(), self._logprobs, errors)
+
+
 class Sampler:
     """Samples one batch after another."""
 
@@ -78,46 +94,51 @@ class Sampler:
         self._plan: _Plan | None = None
         self._weights = torch.empty(0, 0)
 
-    @torch.inference_mode()
     def sample(self, logits_BV: Tensor, states: list[SamplingState], ahead: Sequence[int] | None = None) -> Sampled:
+        """Choose the next token of each row, and wait for them; see `choose`."""
+        return self.choose(logits_BV, states, ahead).read()
+
+    @torch.inference_mode()
+    def choose(self, logits_BV: Tensor, states: list[SamplingState], ahead: Sequence[int] | None = None) -> Choice:
         """Choose the next token of each row, of logits in any float dtype on any device, which may be overwritten.
 
-        With `ahead`, row i is for the token that follows so many that have not been appended to its state yet.
+        With `ahead`, row i is for the token that follows so many that have not been appended to its state yet. A GPU is not waited for
+        by a batch that is greedy, or drawn without cuts, without log-probabilities, penalties, bias and grammars.
         """
         plan = self._plan_for(states, logits_BV)
         own_LV = logits_BV[plan.logprob_rows] if plan.logprob_rows else None
         errors: dict[int, Exception] = {}
         logits_BV = plan.process(logits_BV, errors)
-        tokens, is_valid = [0] * len(states), [True] * len(states)
+        found = []
         if plan.greedy_rows:
-            _scatter(plan.greedy_rows, _likeliest(_rows(logits_BV, plan.greedy_rows)), tokens, is_valid)
+            found.append((plan.greedy_rows, *_likeliest(_rows(logits_BV, plan.greedy_rows))))
         if plan.drawn_rows:
             indices = np.array([state.num_tokens for state in states], np.uint64)[plan.drawn_rows]
             if ahead is not None:
                 indices += np.array(ahead, np.uint64)[plan.drawn_rows]
-            _scatter(plan.drawn_rows, self._draw(_rows(logits_BV, plan.drawn_rows), plan, indices), tokens, is_valid)
-        errors = {row: _broken() for row, valid in enumerate(is_valid) if not valid} | errors
-        found = [] if own_LV is None else token_logprobs(own_LV, [tokens[row] for row in plan.logprob_rows], plan.nums_top)
-        return Sampled(tokens, dict(zip(plan.logprob_rows, found, strict=True)), errors)
+            found.append((plan.drawn_rows, *self._draw(_rows(logits_BV, plan.drawn_rows), plan, indices)))
+        tokens_B, is_valid_B = _gather(found, len(states))
+        logprobs = [] if own_LV is None else token_logprobs(own_LV, tokens_B[plan.logprob_rows].tolist(), plan.nums_top)
+        return Choice(tokens_B, is_valid_B, dict(zip(plan.logprob_rows, logprobs, strict=True)), errors)
 
     def _plan_for(self, states: list[SamplingState], logits_BV: Tensor) -> "_Plan":
         if self._plan is None or states != self._states or self._plan.device != logits_BV.device:
             self._states, self._plan = list(states), _Plan(states, logits_BV.shape[1], logits_BV.device)
         return self._plan
 
-    def _draw(self, logits_DV: Tensor, plan: "_Plan", indices_D: np.ndarray) -> tuple[list[int], list[bool]]:
+    def _draw(self, logits_DV: Tensor, plan: "_Plan", indices_D: np.ndarray) -> tuple[Tensor, Tensor]:
         num_rows, num_tokens = logits_DV.shape
         weights_DN = self._buffer(num_rows, num_tokens, logits_DV.device)
         weigh(logits_DV, plan.temperature_D1, weights_DN[:, :num_tokens])
         uniforms_D = uniforms(plan.keys_D, indices_D)
-        tokens, is_valid = [0] * len(uniforms_D), [True] * len(uniforms_D)
+        found = []
         if plan.whole:
-            found = draw(_rows(weights_DN, plan.whole), uniforms_D[plan.whole])
-            _scatter(plan.whole, found, tokens, is_valid)
+            found.append((plan.whole, *draw(_rows(weights_DN, plan.whole), uniforms_D[plan.whole])))
         if plan.cut:
             weights_RV = _rows(weights_DN, plan.cut)[:, :num_tokens]
-            _scatter(plan.cut, draw_truncated(weights_RV, plan.cuts, uniforms_D[plan.cut]), tokens, is_valid)
-        return tokens, is_valid
+            tokens, is_valid = draw_truncated(weights_RV, plan.cuts, uniforms_D[plan.cut])
+            found.append((plan.cut, torch.tensor(tokens, device=logits_DV.device), torch.tensor(is_valid, device=logits_DV.device)))
+        return _gather(found, num_rows)
 
     def _buffer(self, num_rows: int, size: int, device: torch.device) -> Tensor:
         """Memory for weights, reused, in which each row ends with zeros up to a whole block."""
@@ -184,19 +205,25 @@ def _rows(logits_BV: Tensor, rows: list[int]) -> Tensor:
     return logits_BV if len(rows) == len(logits_BV) else logits_BV[rows]
 
 
-def _scatter(rows: list[int], found: tuple[list[int], list[bool]], tokens: list[int], is_valid: list[bool]) -> None:
-    for row, token, valid in zip(rows, *found, strict=True):
-        tokens[row], is_valid[row] = token, valid
+def _gather(found: list[tuple[list[int], Tensor, Tensor]], num_rows: int) -> tuple[Tensor, Tensor]:
+    """Tokens, and whether they are any, of all rows, from those of some rows each."""
+    (_, tokens, is_valid), *others = found
+    if not others:
+        return tokens, is_valid
+    tokens_B, is_valid_B = tokens.new_empty(num_rows), is_valid.new_empty(num_rows)
+    for rows, tokens, is_valid in found:
+        tokens_B[rows], is_valid_B[rows] = tokens, is_valid
+    return tokens_B, is_valid_B
 
 
-def _likeliest(logits_BV: Tensor) -> tuple[list[int], list[bool]]:
+def _likeliest(logits_BV: Tensor) -> tuple[Tensor, Tensor]:
     """The first of the highest logits of each row, and whether it is a finite number."""
     if logits_BV.device.type == "cpu":  # NumPy finds it ten times faster than torch
         rows = logits_BV.float().numpy()
         tokens = rows.argmax(axis=1)
-        return tokens.tolist(), np.isfinite(rows[np.arange(len(rows)), tokens]).tolist()
+        return torch.from_numpy(tokens), torch.from_numpy(np.isfinite(rows[np.arange(len(rows)), tokens]))
     values_B, tokens_B = logits_BV.max(dim=1)
-    return tokens_B.tolist(), values_B.isfinite().tolist()
+    return tokens_B, values_B.isfinite()
 
 
 def _broken() -> ModelError:

@@ -1,7 +1,9 @@
 """Which tokens are computed next: a plain state machine that computes nothing and knows no clock, no thread and no tensor.
 
-`schedule` decides a step, `complete` says that it has been computed. A step holds at most `max_step_tokens` tokens: first one of each
-running sequence that answers, then pieces (chunks) of prompts, so that nobody who reads waits for a long prompt.
+`schedule` decides a step, `complete` says that it has been computed, or, where steps follow one another without waiting, that it will
+have been before the next one is: a token that is pending then is as good as any other, but names no block. A step holds at most
+`max_step_tokens` tokens: first one of each running sequence that answers, then pieces (chunks) of prompts, so that nobody who reads
+waits for a long prompt, and last guesses of what answers go on with.
 
 Who starts next is fair between clients (an adapter and a fairness key together), by the virtual token counter of "Fairness in
 Serving Large Language Models" (Sheng et al. 2024): each client has a counter of the work done for it, the lowest one is served, and
@@ -15,13 +17,15 @@ where it still is. The oldest one never gives way, so that it ends, and then the
 Invariants:
 - A sequence waits, runs, or is gone. Its blocks are those of its computed tokens and of the step that is going on; none if it waits.
 - No token is in two steps unless its sequence gave its blocks back in between.
-- All running sequences that answer are in every step.
+- All running sequences that answer are in every step, until they have all the tokens that they may have.
+- What is guessed of an answer takes only tokens and blocks that nobody else wants in that step; blocks of wrong guesses are free after it.
 - A token is charged once, whoever preempts whom; what was found in the cache is free.
 """
 
 from bisect import insort
-from dataclasses import dataclass, field
-from itertools import count
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field, replace
+from itertools import count, repeat
 
 from tidepool.inference.blocks import Blocks, block_key
 from tidepool.inference.sequence import Sequence
@@ -35,7 +39,8 @@ PROMPT_WEIGHT, ANSWER_WEIGHT = 1, 2
 class Chunk:
     """Compute tokens `start` to `end` of a sequence; if these are the last it has, its next one is chosen.
 
-    `blocks` are the sequence's, also when it has ended while the step is going on.
+    `draft` are guesses of what follows `end`, computed too, each of which is right or wrong by the token chosen before it. `blocks` are
+    the sequence's, also when it has ended while the step is going on.
     """
 
     sequence: Sequence
@@ -43,6 +48,17 @@ class Chunk:
     end: int
     is_last: bool
     blocks: list[int]
+    draft: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> list[int]:
+        """All that is computed."""
+        return [*self.sequence.tokens[self.start : self.end], *self.draft]
+
+    @property
+    def num_wanted(self) -> int:
+        """Tokens that are chosen: one after the last one that is known, and one after each guess."""
+        return (1 + len(self.draft)) if self.is_last else 0
 
 
 @dataclass
@@ -55,6 +71,8 @@ class Counters:
     num_preemptions: int = 0
     num_prefix_hits: int = 0
     num_prefix_tokens: int = 0
+    num_drafted_tokens: int = 0
+    num_accepted_tokens: int = 0
     num_placements: int = 0
 
 
@@ -68,12 +86,13 @@ class _Client:
 class Scheduler:
     """Sequences from their start to their end. A sequence alone must fit the blocks, or it could never be computed.
 
-    `num_slots`: adapters that a step can compute with; default: one for each sequence.
+    `num_slots`: adapters that a step can compute with; default: one for each sequence. `max_draft`: guesses for a sequence in a step.
     """
 
-    def __init__(self, blocks: Blocks, max_running: int, max_step_tokens: int, num_slots: int | None = None) -> None:
+    def __init__(self, blocks: Blocks, max_running: int, max_step_tokens: int, num_slots: int | None = None, max_draft: int = 0) -> None:
         assert max_step_tokens >= max_running
         self.slots = Slots(num_slots or max_running)
+        self._max_draft = max_draft
         self._blocks, self._max_running, self._max_step_tokens = blocks, max_running, max_step_tokens
         self._clients: dict[tuple[str | None, str], _Client] = {}
         self._running: list[Sequence] = []  # by arrival
@@ -122,18 +141,28 @@ class Scheduler:
         self.slots.begin()
         # Those who answer come first, then the prompts that have begun, each by arrival; a preemption shortens the list from its end.
         for sequence in sorted(self._running, key=lambda one: (len(one.tokens) - one.num_computed > 1, one.arrival)):
-            if sequence.is_running and budget:
+            if sequence.is_running and sequence.has_work and budget:
                 budget -= self._continue(sequence, budget, chunks)
         while budget and len(self._running) < self._max_running and (newcomer := self._start()):
             budget -= self._continue(newcomer, budget, chunks)
         self.counters.num_steps += bool(chunks)
+        if self._max_draft:
+            self._guess(chunks, budget)
         return chunks
 
-    def complete(self, chunks: list[Chunk]) -> None:
-        """A step has been computed. Sequences that ended meanwhile are none of its business."""
-        for chunk in chunks:
-            if chunk.sequence.is_running:
-                chunk.sequence.num_computed = chunk.end
+    def complete(self, chunks: list[Chunk], nums_accepted: Items[int] = ()) -> None:
+        """A step has been computed, and of each chunk's draft so many tokens were right; the caller appends what was chosen.
+
+        Sequences that ended meanwhile are none of its business.
+        """
+        for chunk, num_accepted in zip(chunks, nums_accepted or repeat(0), strict=False):
+            sequence = chunk.sequence
+            self.counters.num_accepted_tokens += num_accepted
+            if sequence.is_running:
+                sequence.num_computed = chunk.end + num_accepted
+                num_blocks = -(-sequence.num_computed // self._blocks.block_size)
+                self._blocks.release(sequence.blocks[num_blocks:])
+                del sequence.blocks[num_blocks:]
 
     def check(self) -> None:
         """Assert the invariants that hold between two steps."""
@@ -180,6 +209,7 @@ class Scheduler:
         self._blocks.hold(found)
         self.counters.num_placements += self.slots.start(sequence.adapter)
         sequence.is_running, sequence.blocks, sequence.num_computed = True, found, len(found) * size
+        sequence.num_published = len(found)
         sequence.num_charged = max(sequence.num_charged, sequence.num_computed)
         self.counters.num_prefix_hits += bool(found)
         self.counters.num_prefix_tokens += sequence.num_computed
@@ -198,6 +228,22 @@ class Scheduler:
         self.counters.num_preemptions += 1
         return victim is not for_whom
 
+    def _guess(self, chunks: list[Chunk], budget: int) -> None:
+        """Add guesses to the chunks of those who answer, as far as the budget and free blocks go."""
+        size = self._blocks.block_size
+        for index, chunk in enumerate(chunks):
+            sequence, blocks = chunk.sequence, chunk.blocks
+            room = (len(blocks) + self._blocks.num_free) * size - chunk.end
+            num = min(self._max_draft, budget, room, sequence.max_length - chunk.end - 1)
+            if sequence.lookup is None or num < 1 or not chunk.is_last or chunk.end - chunk.start > 1:
+                continue
+            draft = sequence.lookup.propose(sequence.tokens, num)
+            while len(blocks) * size < chunk.end + len(draft):
+                blocks.append(self._blocks.give_out())
+            chunks[index] = replace(chunk, draft=draft)
+            budget -= len(draft)
+            self.counters.num_drafted_tokens += len(draft)
+
     # --- Blocks and their content ------------------------------------------------------------------------------------
 
     def _find(self, sequence: Sequence) -> list[int]:
@@ -211,10 +257,11 @@ class Scheduler:
     def _publish(self, sequence: Sequence, end: int) -> None:
         """Others of this step may use what this one computes in it: each layer writes all keys and values before it reads them."""
         size = self._blocks.block_size
-        num_full = end // size
+        num_full = min(end, sequence.num_known) // size
         self._extend_keys(sequence, num_full)
-        for index in range(sequence.num_computed // size, num_full):
+        for index in range(sequence.num_published, num_full):
             self._blocks.publish(sequence.blocks[index], sequence.keys[index])
+        sequence.num_published = num_full
 
     def _extend_keys(self, sequence: Sequence, num_blocks: int) -> None:
         size = self._blocks.block_size
@@ -225,7 +272,7 @@ class Scheduler:
     def _release(self, sequence: Sequence) -> None:
         self.slots.stop(sequence.adapter)
         self._blocks.release(sequence.blocks)
-        sequence.is_running, sequence.blocks, sequence.num_computed = False, [], 0
+        sequence.is_running, sequence.blocks, sequence.num_computed, sequence.num_published = False, [], 0, 0
 
     # --- Fairness ----------------------------------------------------------------------------------------------------
 
