@@ -338,12 +338,12 @@ def test_a_step_is_scheduled_before_the_tokens_of_the_one_before_it_are_known() 
 def test_who_waits_for_a_slot_holds_up_nobody_and_gets_one_from_those_who_would_never_leave_it() -> None:
     play = Play(num_blocks=400, block_size=4, max_running=8, max_step_tokens=64, num_slots=2)
     for number in range(40):
-        play.add([number], 6, "hot", "xy"[number % 2])
+        play.add([number], 3 + number % 5, "hot", "xy"[number % 2])
     play.step()
     cold, of_base = play.add([100], 2, adapter="z"), play.add([101], 1)
     play.step()
     assert not cold.is_running
-    for _ in range(6):  # those who run with x or y end, and nobody new starts with the one of them that is reserved
+    for _ in range(10):  # those who run with x or y end, and nobody new starts with the one of them that is reserved
         play.step()
         assert play.scheduler.num_running > 3
     assert of_base not in play.left
