@@ -27,7 +27,8 @@ test: setup
 	@$(BIN)/python -m pytest -m "not long"
 
 # What `make test` has no time for: training scripts as people write them, each killed three times, and one as a job; damaged imports;
-# a cluster that asks for a token, and one for certificates; 10,000 requests that schemathesis makes up; lm-evaluation-harness.
+# a cluster that asks for a token, and one for certificates; 10,000 requests that schemathesis makes up; lm-evaluation-harness;
+# replicas of an engine that are killed, must go, and are scaled.
 test-slow: setup $(LM_EVAL)/.complete
 	@$(BIN)/python -m pytest -m long
 

@@ -34,6 +34,8 @@ def test_replicas_go_when_those_that_stay_are_far_from_busy_and_nobody_waits() -
     assert wanted(0.0, 0.0, ttft_s=0.3) == 1, "there was traffic a moment ago"
     assert wanted(0.0, 0.0, ttft_s=0.0) == 0
     assert wanted() == 0
+    assert num_wanted([], 1, 1, ttft_s=1.0) == 1, "it has just started, and has said nothing yet"
+    assert num_wanted([ReplicaLoad(3.0, 0.0, 0.1)], 2, 2, ttft_s=1.0) == 5
 
 
 @given(st.lists(st.floats(0, 5), min_size=1, max_size=20), st.floats(0, 3))
@@ -61,7 +63,7 @@ def test_serve_is_told_what_replicas_report() -> None:
     }
     context = SimpleNamespace(raw_metrics=metrics, current_num_replicas=2, target_num_replicas=2)
     assert Autoscaler(ttft_s=1.0)(context) == (4, {})
-    assert Autoscaler(ttft_s=1.0)(SimpleNamespace(raw_metrics=None, current_num_replicas=1, target_num_replicas=1)) == (0, {})
+    assert Autoscaler(ttft_s=1.0)(SimpleNamespace(raw_metrics=None, current_num_replicas=1, target_num_replicas=1)) == (1, {})
 
 
 def test_the_time_to_the_first_token_is_that_of_nearly_all_and_of_who_waits_now() -> None:

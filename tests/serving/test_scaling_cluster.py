@@ -13,7 +13,7 @@ from tests.serving.test_replicas_cluster import Client, replica_pids
 from tidepool import local_cluster
 from tidepool.local_cluster import LocalCluster
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 _TIMEOUT_S = 120
 
 
@@ -45,20 +45,19 @@ def test_a_model_without_replicas_answers_who_waits_and_goes_to_none_again(clust
         wait_for(lambda: not replica_pids(cluster))
         answered = ask(cluster)
         assert answered.status_code == 200, answered.text
+        wait_for(lambda: bool(replica_pids(cluster)))  # Serve says so later than it answers
         [pid] = replica_pids(cluster)
         wait_for(lambda pid=pid: not psutil.pid_exists(pid))  # the gateway is connected all the time
 
 
 def test_traffic_brings_another_replica_and_its_going_cuts_no_stream(cluster: LocalCluster, served: Published) -> None:
-    del served
-
     async def run() -> None:
-        undisturbed = await Client(cluster, temperature=0).all()
+        undisturbed = await Client(cluster, served, temperature=0).all()
         most = 0
         deadline = time.monotonic() + _TIMEOUT_S
         while most < 2:
             assert time.monotonic() < deadline
-            asked = asyncio.create_task(Client(cluster, temperature=0).all())
+            asked = asyncio.create_task(Client(cluster, served, temperature=0).all())
             while not asked.done():
                 most = max(most, len(await asyncio.to_thread(replica_pids, cluster)))
                 await asyncio.sleep(0.2)
@@ -66,7 +65,7 @@ def test_traffic_brings_another_replica_and_its_going_cuts_no_stream(cluster: Lo
         deadline = time.monotonic() + _TIMEOUT_S
         while len(await asyncio.to_thread(replica_pids, cluster)) == 2:
             assert time.monotonic() < deadline
-            light = Client(cluster, temperature=0, max_tokens=480)
+            light = Client(cluster, served, temperature=0, max_tokens=480)
             assert await light.some(1) == undisturbed[:1]
 
     asyncio.run(run())

@@ -7,6 +7,7 @@ gateway neither counts as traffic nor holds up a replica that must go.
 
 import asyncio
 import logging
+import warnings
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, Literal
 
@@ -43,6 +44,8 @@ _SHUTDOWN_POLL_S = 0.2
 _HEADROOM = 64
 _LOOKUP_DEADLINE_S = 5.0
 _REPORT_EVERY_S = 3.0
+_REPORT_S = 1.0
+"""How often Serve asks a replica for what its scaling policy goes by."""
 _WATCH_S = 2.0
 _RETRY_S = 1.0
 _POLL_SHARE, _SHORTEST_POLL_S = 0.8, 0.2
@@ -85,14 +88,17 @@ def _number(spec: ReplicasSpec) -> dict[str, Any]:
     if spec.scale is None:
         return {"num_replicas": spec.num_replicas}
     scale = spec.scale
-    config = AutoscalingConfig(
-        min_replicas=scale.min,
-        max_replicas=scale.max,
-        upscale_delay_s=scale.up_after_s,
-        downscale_delay_s=scale.down_after_s,
-        downscale_to_zero_delay_s=scale.zero_after_s,
-        policy=AutoscalingPolicy(policy_function=Autoscaler, policy_kwargs={"ttft_s": scale.ttft_s}),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the interval shall be a variable of each process's environment one day
+        config = AutoscalingConfig(
+            min_replicas=scale.min,
+            max_replicas=scale.max,
+            upscale_delay_s=scale.up_after_s,
+            downscale_delay_s=scale.down_after_s,
+            downscale_to_zero_delay_s=scale.zero_after_s,
+            metrics_interval_s=_REPORT_S,
+            policy=AutoscalingPolicy(policy_function=Autoscaler, policy_kwargs={"ttft_s": scale.ttft_s}),
+        )
     return {"autoscaling_config": config}
 
 

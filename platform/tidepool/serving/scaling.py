@@ -40,6 +40,8 @@ def num_wanted(loads: Sequence[ReplicaLoad], num_running: int, num_target: int, 
     needed = math.ceil(busy / _FULL)
     if needed > num_target:
         return needed
+    if len(loads) < num_running:
+        return num_target  # who has not reported yet has just started: it is not idle
     if slowest_s > ttft_s and busy > 0:
         return num_target if num_target > num_running else num_target + 1  # one that starts may be enough
     if busy == 0 and slowest_s == 0:
