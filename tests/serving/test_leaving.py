@@ -11,8 +11,8 @@ from tests.serving.local import LocalModel, gateway_of
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "tides", "prompt": ["the tide", "the pool"], "n": 2, "logprobs": 1, "max_tokens": 100, "temperature": 0},
-    "/v1/chat/completions": {"model": "tides", "messages": [{"role": "user", "content": "the tide"}], "max_tokens": 100},
-    "/v1/responses": {"model": "tides", "input": "the tide", "max_output_tokens": 100},
+    "/v1/chat/completions": {"model": "tides", "messages": [{"role": "user", "content": "the tide"}], "max_tokens": 100, "temperature": 0},
+    "/v1/responses": {"model": "tides", "input": "the tide", "max_output_tokens": 100, "temperature": 0},
     "/v1/embeddings": {"model": "tides", "input": ["the tide " * 50] * 3},
 }
 
