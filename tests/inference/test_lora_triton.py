@@ -1,7 +1,6 @@
 """The Triton kernels in Triton's interpreter, without a GPU: they add what a product in float64 says, the same bits in any company.
 
-Triton is no dependency on CPUs: `TRITON_INTERPRET=1 pytest tests/inference/test_lora_triton.py` with triton 3.6 and numpy below 2.4
-on the path runs these.
+`test_kernels` runs these in a process of its own, since Triton reads `TRITON_INTERPRET` when it is imported.
 """
 
 import os
