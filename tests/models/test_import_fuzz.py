@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 from tests.models.conftest import CONFIGS
 from tidepool.errors import TidepoolError
 from tidepool.models import build_model, export_model, import_model, open_model
-from tidepool.models.adapter_config import check_adapter_config
+from tidepool.models.adapter_config import check_adapter_config, check_adapter_patterns
 from tidepool.registry import Registry
 from tidepool.storage import ObjectStore, open_store
 
@@ -304,7 +304,8 @@ def test_plain_patterns_are_taken() -> None:
         "rank_pattern": {"layers.0.self_attn.q_proj": 8},
         "layers_pattern": "layers",
     }
-    check_adapter_config(value, names, Path("folder"))
+    lora = check_adapter_config(value, Path("folder"))
+    check_adapter_patterns(lora, names, Path("folder"))
 
 
 # --- Names and links -------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import schemathesis
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import content_type_conformance, not_a_server_error, response_schema_conformance, status_code_conformance
 from starlette.applications import Starlette
@@ -47,7 +47,8 @@ def fuzz(app: Starlette, method: str, path: str, num_cases: int, leave_out: tupl
     against = [operation.as_strategy(generation_mode=schemathesis.GenerationMode.NEGATIVE)] if path in POSTS else []
     cases = st.one_of([operation.as_strategy(), operation.as_strategy(), *against])
 
-    @settings(max_examples=num_cases, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    # Nothing is made shorter: each case is an HTTP request, which says enough, and a chat takes the model's time.
+    @settings(max_examples=num_cases, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
     @given(case=cases, is_known=st.integers(0, 9).map(bool), kept=st.sets(st.integers(0, 40), max_size=4), is_whole=st.integers(0, 9))
     def send(case: Any, is_known: bool, kept: set[int], is_whole: int) -> None:
         if isinstance(case.body, dict):

@@ -328,7 +328,7 @@ def test_groups_come_and_go_at_step_boundaries(start: Start, store: ObjectStore,
     ray.get(coordinator("resize").ask.remote(Resize("resize", 2)))
     result = check_same(job, store, undisturbed)
     assert result["recomputed_steps"] == 0
-    assert "failed" not in job.output, "leaving is no failure"
+    assert "failed at step" not in job.output, "leaving is no failure"  # Ray Train may say so of a worker that ends before its controller
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
@@ -388,7 +388,7 @@ def test_the_members_bring_their_parts_of_a_large_state_into_one_commit(start: S
 
 def test_a_group_leaves_in_the_middle_of_a_long_step(start: Start, store: ObjectStore, undisturbed: list[str]) -> None:
     long_step = GATE | {"step": 40}
-    free = ray.available_resources()["CPU"]
+    free = idle_cpus()
     job = start("long-step", long_step)
     before = pids(gather(job))
     job.wait_for_status(lambda status: all(worker["step"] == long_step["step"] for worker in status["workers"]))
@@ -400,13 +400,13 @@ def test_a_group_leaves_in_the_middle_of_a_long_step(start: Start, store: Object
     assert (pids(alone), alone["step"]) == ({1: before[1]}, long_step["step"])
     job.open_gate(long_step["step"])
     assert check_same(job, store, undisturbed)["recomputed_steps"] == 0
-    assert "failed" not in job.output, "leaving is no failure"
+    assert "failed at step" not in job.output, "leaving is no failure"  # Ray Train may say so of a worker that ends before its controller
 
 
 def test_a_paused_run_frees_all_it_holds_and_goes_on_in_another_cluster(
     start: Start, store: ObjectStore, undisturbed: list[str], tmp_path: Path
 ) -> None:
-    free = ray.available_resources()["CPU"]
+    free = idle_cpus()
     job = start("moved", GATE | {"step": 40}, checkpoint={"every_steps": 1000})
     gather(job)
     runs(job, "pause")
@@ -458,7 +458,7 @@ def runs(job: Job, command: str, *arguments: str, environment: Mapping[str, str]
 
 
 def test_nothing_is_left_of_a_run_and_nothing_pends(start: Start, store: ObjectStore) -> None:
-    free = ray.available_resources()["CPU"]
+    free = idle_cpus()
     job = start("pending", elastic={"min": 1, "max": 6}, training={"num_shards": 6})
     job.wait_for_status(lambda status: len(status["workers"]) == 3)
     job.open_gate()
@@ -469,7 +469,7 @@ def test_nothing_is_left_of_a_run_and_nothing_pends(start: Start, store: ObjectS
 
 def test_ending_a_launcher_frees_what_its_group_holds_and_what_it_waits_for(store: ObjectStore) -> None:
     """At the worst moments: Ray Train has a placement group, and no worker in it yet."""
-    free = ray.available_resources()["CPU"]
+    free = idle_cpus()
     held = replica_groups(elastic_run(store, "held"))
     held.start()
     wait_for_cpus(free - 1)
@@ -493,6 +493,13 @@ def replica_groups(spec: RunSpec) -> ReplicaGroups:
 
 def states_of_placement_groups() -> set[str]:
     return {group["state"] for group in ray.util.placement_group_table().values()}
+
+
+def idle_cpus() -> float:
+    """The CPUs of the cluster, once nobody holds any: a run that has just ended may for a moment."""
+    num = ray.cluster_resources()["CPU"]
+    wait_for_cpus(num)
+    return num
 
 
 def wait_for_cpus(free: float) -> None:
