@@ -21,6 +21,7 @@ from tidepool.specs import GatewaySpec
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
 POSTS = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/tokenize")
 REQUIRED = ("model", "prompt", "messages", "input")
+_TIMEOUT_S = 120  # for 128 answers on a busy machine
 NUM_CASES = 2000
 """For each of the five: 10,000 in all."""
 SLOW = ("response_format", "structured_outputs", "text")  # each schema is compiled in a process of its own first
@@ -62,7 +63,7 @@ def fuzz(app: Starlette, method: str, path: str, num_cases: int, leave_out: tupl
                 case.body["model"] = "tides"
                 if "messages" in case.body and len(kept) < 2:  # nearly all that are made have no content, which is one refusal
                     case.body["messages"] = [{"role": "user", "content": "the tide"}]
-        statuses[case.call_and_validate(checks=CHECKS).status_code] += 1
+        statuses[case.call_and_validate(checks=CHECKS, timeout=_TIMEOUT_S).status_code] += 1
 
     send()
     return statuses
