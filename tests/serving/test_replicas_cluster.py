@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +47,13 @@ def wait_for(condition: Any) -> None:
         time.sleep(0.1)
 
 
-def replica_pids(cluster: LocalCluster) -> list[int]:
-    """The processes of the engine replicas that run, as Serve tells them."""
+def replica_pids(cluster: LocalCluster, states: Collection[str] = ("RUNNING",)) -> list[int]:
+    """The processes of the engine replicas in these states, as Serve tells them."""
     url = f"{cluster.dashboard_url}/api/serve/applications/"
     deployments = httpx.get(url, timeout=_TIMEOUT_S).json()["applications"]["tidepool"]["deployments"]
     replicas = [one for name, deployment in deployments.items() if name.startswith("Engine") for one in deployment["replicas"]]
-    return [one["pid"] for one in replicas if one["state"] == "RUNNING" and psutil.pid_exists(one["pid"])]
+    pids = [one["pid"] for one in replicas if one["state"] in states and "pid" in one]
+    return [pid for pid in pids if psutil.pid_exists(pid)]
 
 
 class Client:

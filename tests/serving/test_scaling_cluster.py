@@ -42,7 +42,7 @@ def ask(cluster: LocalCluster) -> httpx.Response:
 def test_a_model_without_replicas_answers_who_waits_and_goes_to_none_again(cluster: LocalCluster, served: Published) -> None:
     del served
     for _ in range(2):
-        wait_for(lambda: not replica_pids(cluster))
+        wait_for(lambda: not replica_pids(cluster, ("STARTING", "RUNNING", "STOPPING")))
         answered = ask(cluster)
         assert answered.status_code == 200, answered.text
         wait_for(lambda: bool(replica_pids(cluster)))  # Serve says so later than it answers
