@@ -8,7 +8,7 @@ Invariants:
 import inspect
 from collections.abc import Sequence as Items
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import torch
@@ -90,9 +90,9 @@ class _Pass:
 class Flight:
     """A step that has been launched, and may not have been computed yet."""
 
-    passes: list[_Pass] = field(default_factory=list)
-    results: list[Computed] = field(default_factory=list)
+    results: list[Computed]
     """Those that are there already: embeddings and failures."""
+    answering: _Pass | None = None
 
 
 class ModelRunner:
@@ -149,7 +149,7 @@ class ModelRunner:
         """Begin a step, after a change of what slots hold. A token that is pending is one that the step launched before it chooses."""
         self.place(placements)
         lost = [chunk for chunk in chunks if _num_pending(chunk) and chunk.sequence not in self._row_of]
-        flight = Flight(results=[Computed(chunk, error=RuntimeError("The step before this one failed.")) for chunk in lost])
+        flight = Flight([Computed(chunk, error=RuntimeError("The step before this one failed.")) for chunk in lost])
         # Those of one token first; then rows of the same adapter stand together.
         ordered = sorted(
             (chunk for chunk in chunks if chunk not in lost),
@@ -160,22 +160,21 @@ class ModelRunner:
         try:
             # Embeddings first: the others may have found their blocks in this step.
             flight.results += self._embed(embedding) if embedding else []
-            flight.passes += [self._compute(answering)] if answering else []
+            flight.answering = self._compute(answering) if answering else None
         except Exception as error:  # noqa: BLE001 whatever the model raises, the engine must serve the requests after these
             done = [one.chunk for one in flight.results]
             flight.results += [Computed(chunk, error=error) for chunk in ordered if chunk not in done]
-        self._remember(flight)
+        self._remember(flight.answering)
         return flight
 
     def collect(self, flight: Flight) -> list[Computed]:
         """What a step has computed, once it has."""
-        results = flight.results
-        for one in flight.passes:
-            try:
-                results += one.read()
-            except Exception as error:  # noqa: BLE001 a GPU says here what went wrong there
-                results += [Computed(chunk, error=error) for chunk in one.chunks]
-        return results
+        if flight.answering is None:
+            return flight.results
+        try:
+            return flight.results + flight.answering.read()
+        except Exception as error:  # noqa: BLE001 a GPU says here what went wrong there
+            return flight.results + [Computed(chunk, error=error) for chunk in flight.answering.chunks]
 
     # --- A forward pass ----------------------------------------------------------------------------------------------
 
@@ -242,15 +241,12 @@ class ModelRunner:
             places_P, rows_P = (upload(torch.tensor(one), tokens_1T.device) for one in (places, rows))
             tokens_1T[0, places_P] = self._chosen_B[rows_P]
 
-    def _remember(self, flight: Flight) -> None:
+    def _remember(self, one: _Pass | None) -> None:
         """Where the tokens are that this step chooses."""
-        self._row_of = {}
-        choices = [(one, one.choice.tokens_B) for one in flight.passes if one.choice is not None]
-        num_before = 0
-        for one, tokens_B in choices:
-            self._row_of |= {chunk.sequence: num_before + first for chunk, (first, _) in zip(one.chunks, one.spans, strict=True)}
-            num_before += len(tokens_B)
-        self._chosen_B = torch.cat([tokens_B for _, tokens_B in choices]) if choices else None
+        self._row_of, self._chosen_B = {}, None
+        if one is not None and one.choice is not None:
+            self._row_of = {chunk.sequence: first for chunk, (first, _) in zip(one.chunks, one.spans, strict=True)}
+            self._chosen_B = one.choice.tokens_B
 
     def _adapters_of(self, chunks: list[Chunk], kept: list[int]) -> AbstractContextManager[None]:
         """Within it all tokens of the chunks are computed with their own adapters, and so are the logits of those that are kept."""

@@ -44,7 +44,7 @@ _SHUTDOWN_POLL_S = 0.2
 _HEADROOM = 64
 _LOOKUP_DEADLINE_S = 5.0
 _REPORT_EVERY_S = 3.0
-_REPORT_S = 1.0
+_METRICS_EVERY_S = 1.0
 """How often Serve asks a replica for what its scaling policy goes by."""
 _WATCH_S = 2.0
 _RETRY_S = 1.0
@@ -96,7 +96,7 @@ def _number(spec: ReplicasSpec) -> dict[str, Any]:
             upscale_delay_s=scale.up_after_s,
             downscale_delay_s=scale.down_after_s,
             downscale_to_zero_delay_s=scale.zero_after_s,
-            metrics_interval_s=_REPORT_S,
+            metrics_interval_s=_METRICS_EVERY_S,
             policy=AutoscalingPolicy(policy_function=Autoscaler, policy_kwargs={"ttft_s": scale.ttft_s}),
         )
     return {"autoscaling_config": config}
