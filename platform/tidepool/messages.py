@@ -1,5 +1,5 @@
-"""What training, serving and the pool say to each other: what there is (a snapshot), what is to be done (decisions), and what a
-run is asked for, by the pool or by a person.
+"""What training, serving and the pool say to each other: what there is (a snapshot), what is to be done (decisions), what a
+run is asked for, by the pool or by a person, and what runs and the arbiter tell each other.
 
 Invariants:
 - Everything here is frozen and holds plain values: it can be compared, recorded as JSON and sent through Ray.
@@ -267,3 +267,98 @@ class Plan:
 
     decisions: tuple[Decision, ...] = ()
     waits: tuple[Wait, ...] = ()
+
+
+# --- What runs and the cluster tell the arbiter ------------------------------------------------------------------------
+
+ARBITER = "tidepool-arbiter"
+"""The arbiter's name in Ray's namespace of ours."""
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What the policy must remember of a run, in seconds since 1970. The run carries it, so that the arbiter may forget: see `Run`."""
+
+    submitted_s: float
+    waiting_since_s: float | None
+    started_s: float = 0.0
+    resized_s: float = float("-inf")
+    held_s: float = 0.0
+    used_gpu_s: float = 0.0
+    as_of_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What a driver says of its run, again and again. `min_groups` and `max_groups` are those that are wanted now; `min_groups` 0: none.
+
+    `groups` are those that it has and those that it is starting, each by the name of its grant; `settled` those of them whose
+    workers have come. `speeds` as in `Run`; `account` is that of the newest answer.
+    """
+
+    run: str
+    session: int
+    """The incarnation that the driver began with: a later one takes its place."""
+    store: str
+    project: str
+    tier: Tier
+    priority: int
+    min_groups: int
+    max_groups: int
+    shards: int
+    workers_per_group: int
+    worker: Resources
+    labels: frozenset[str] = frozenset()
+    groups: tuple[Group, ...] = ()
+    settled: frozenset[str] = frozenset()
+    speeds: tuple[tuple[int, float], ...] = ()
+    account: Account | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """A replica group that may start, there; `name` is never used again."""
+
+    name: str
+    places: Places
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the arbiter answers a driver. Grants are repeated until the run reports them, and are void when they are no longer named."""
+
+    grants: tuple[Grant, ...]
+    leave: tuple[tuple[str, str], ...]
+    """Groups that are asked back, by the names of their grants, each with the reason."""
+    account: Account
+    priority: int
+    place: int | None = None
+    """In the queue of runs below their min, from 1; None for a run that is not in it."""
+    num_queued: int = 0
+    reason: str = ""
+    """Why it waits."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaActor:
+    """An actor of Serve's that is, or shall be, a replica. `node` is "" while it has none; `is_alive` once it has started."""
+
+    application: str
+    deployment: str
+    name: str
+    node: str
+    is_alive: bool
+    resources: Resources
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """What Ray says of the cluster now. `nodes` are those that are up, by their ids; `free` is what Ray could still place on each."""
+
+    nodes: tuple[Node, ...]
+    free: Mapping[str, Resources]
+    replicas: tuple[ReplicaActor, ...] = ()
+    templates: tuple[Template, ...] = ()
+    runs: frozenset[str] = frozenset()
+    """Those that have a driver."""

@@ -261,6 +261,25 @@ class ElasticSpec(Spec):
         return self
 
 
+class PoolSpec(Spec):
+    """What the run is to the pool (docs/pool.md): whose quota it draws on, how well it is guaranteed its min, and where it may run.
+
+    `labels`: `key=value` that a node must have, all of them.
+    """
+
+    project: Name = "default"
+    tier: Literal["premium", "standard", "basic"] = "standard"
+    priority: int = 0
+    labels: list[str] = []
+
+    @field_validator("labels")
+    @classmethod
+    def _key_and_value(cls, labels: list[str]) -> list[str]:
+        if wrong := [label for label in labels if label.count("=") != 1]:
+            raise ValueError(f"a label is key=value (got {', '.join(wrong)})")
+        return labels
+
+
 class PublishSpec(Spec):
     """The registry name that the result is published under, and the alias that moves to it.
 
@@ -285,6 +304,7 @@ class RunSpec(StoredSpec):
     checkpoint: CheckpointSpec = CheckpointSpec()
     workers: WorkersSpec = WorkersSpec()
     elastic: ElasticSpec = ElasticSpec()
+    pool: PoolSpec = PoolSpec()
     publish: PublishSpec | None = None
 
     @model_validator(mode="after")
@@ -367,12 +387,14 @@ class ScaleSpec(Spec):
 
 
 class ReplicasSpec(Spec):
-    """Replicas of each base model's deployment (so many, or as `scale` says), and what each of them gets."""
+    """Replicas of each base model's deployment (so many, or as `scale` says), what each of them gets, and whose quota they draw on."""
 
     num_replicas: Count = 1
     scale: ScaleSpec | None = None
     cpus_per_replica: Annotated[float, Field(ge=0)] = 1
     gpus_per_replica: Annotated[float, Field(ge=0)] = 0
+    project: Name = "default"
+    priority: int = 0
 
 
 class GatewaySpec(Spec):
