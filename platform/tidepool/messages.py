@@ -286,14 +286,15 @@ class Account:
     held_s: float = 0.0
     used_gpu_s: float = 0.0
     as_of_s: float = 0.0
+    kind: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """What a driver says of its run, again and again. `min_groups` and `max_groups` are those that are wanted now; `min_groups` 0: none.
+    """What a driver says of its run, again and again. `max_groups` is what it wants now; 0: it leaves, and what it still has goes.
 
     `groups` are those that it has and those that it is starting, each by the name of its grant; `settled` those of them whose
-    workers have come. `speeds` as in `Run`; `account` is that of the newest answer.
+    workers have come. `account` is that of the newest answer.
     """
 
     run: str
@@ -311,7 +312,6 @@ class RunReport:
     labels: frozenset[str] = frozenset()
     groups: tuple[Group, ...] = ()
     settled: frozenset[str] = frozenset()
-    speeds: tuple[tuple[int, float], ...] = ()
     account: Account | None = None
 
 
@@ -326,7 +326,7 @@ class Grant:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What the arbiter answers a driver. Grants are repeated until the run reports them, and are void when they are no longer named."""
+    """What the arbiter answers a driver. Grants are repeated until the run reports them."""
 
     grants: tuple[Grant, ...]
     leave: tuple[tuple[str, str], ...]

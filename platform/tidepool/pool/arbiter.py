@@ -1,0 +1,138 @@
+"""The arbiter as an actor: hears drivers, deployments and the cluster, has the desk decide, and answers. A shell around `pool.desk`.
+
+Ray starts it again wherever it dies (`arbiter_handle`); it knows everything again a moment later, since all that it must know is said
+to it again and again.
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from contextlib import suppress
+from typing import Any
+
+from ray.exceptions import RayError
+
+from tidepool.messages import Resources, RunReport, Standing
+from tidepool.pool.cluster import read_cluster
+from tidepool.pool.desk import Desk, Wish, deployment_name
+from tidepool.pool.recording import snapshot_to_json
+from tidepool.pool.rules import Rules
+from tidepool.telemetry import configure_logging
+
+_logger = logging.getLogger(__name__)
+_HOLD_S = 0.5
+"""How long a report is kept unanswered while there is nothing new to say."""
+_LOOK_EVERY_S = 0.5
+_PAUSE_S = 0.05
+"""Between two decisions: what comes in meanwhile is decided on together."""
+
+
+class Arbiter:
+    """Runs in one event loop. Every method is short, but those that wait for something new."""
+
+    def __init__(self) -> None:
+        configure_logging()
+        self._desk = Desk(Rules(), secrets.token_hex(4), time.time())
+        self._news = asyncio.Event()
+        """Something was said that may change what is decided."""
+        self._changed = asyncio.Event()
+        """Something was decided: replaced each time."""
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def _begin(self) -> None:
+        """Start to look and to decide; Ray makes the actor outside its loop, so that the first call does it."""
+        if not self._tasks:
+            loop = asyncio.get_running_loop()
+            self._tasks = [loop.create_task(_lasting(work)) for work in (self._look, self._decide)]
+
+    # --- Runs -----------------------------------------------------------------------------------------------------------
+
+    async def report(self, report: RunReport) -> Standing:
+        """Take a driver's report in; answered when there is something new for anybody, or after a while."""
+        self._begin()
+        before = self._desk.standing(report.run)
+        if self._desk.see_run(report, time.time()):
+            self._news.set()
+        standing = self._desk.standing(report.run)
+        if standing == before:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _HOLD_S)
+            standing = self._desk.standing(report.run)
+        assert standing is not None
+        return standing
+
+    async def leave(self, run: str, session: int) -> None:
+        """A run's driver ends."""
+        self._begin()
+        self._desk.forget(run, session)
+        self._news.set()
+
+    async def set_priority(self, run: str, priority: int) -> bool:
+        """Give a run another priority; returns whether its driver is known here."""
+        self._begin()
+        self._news.set()
+        return self._desk.set_priority(run, priority)
+
+    # --- Serving --------------------------------------------------------------------------------------------------------
+
+    async def deployment(
+        self, application: str, deployment: str, project: str, priority: int, gpus: int, cpus: int, wanted: int, needed: int, num_target: int
+    ) -> int:
+        """How many replicas a deployment of Serve's may have now, of which it wants `wanted` and has asked Serve for `num_target`.
+
+        Plain values: Serve carries its policies by value, to where this library need not be.
+        """
+        self._begin()
+        name = deployment_name(application, deployment)
+        wish = Wish(project, priority, Resources(gpus, cpus), wanted, needed, time.time())
+        if self._desk.see_wish(name, wish):
+            self._news.set()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), _HOLD_S)
+        allowed = self._desk.allowed(name)
+        return num_target if allowed is None else allowed
+
+    # --- Whoever looks --------------------------------------------------------------------------------------------------
+
+    async def snapshot(self) -> dict[str, Any]:
+        """What was decided on last, as JSON, for `tidepool pool explain`."""
+        self._begin()
+        return snapshot_to_json(self._desk.snapshot)
+
+    async def pid(self) -> int:
+        """The actor's process."""
+        return os.getpid()
+
+    # --- At work --------------------------------------------------------------------------------------------------------
+
+    async def _look(self) -> None:
+        """Ask Ray how the cluster is."""
+        try:
+            view = await asyncio.to_thread(read_cluster)
+        except RayError as error:  # the head is busy or away: what was seen last counts
+            _logger.warning("Ray does not say how the cluster is: %r", error)
+        else:
+            self._desk.see_cluster(view, time.time())
+            self._news.set()
+        await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _decide(self) -> None:
+        """Decide when there is news, and tell who waits."""
+        await self._news.wait()
+        self._news.clear()
+        if self._desk.decide(time.time()):
+            changed, self._changed = self._changed, asyncio.Event()
+            changed.set()
+        await asyncio.sleep(_PAUSE_S)
+
+
+async def _lasting(work: Any) -> None:
+    """Do something again and again. What it did not expect ends the process, and Ray starts another one, which learns all anew."""
+    try:
+        while True:
+            await work()
+    except Exception:
+        _logger.exception("The arbiter ends and is started again")
+        os._exit(1)
