@@ -45,11 +45,11 @@ from tests.stores.proxy import Fault, no_faults, proxy, random_faults
 from tests.training.conftest import prepare_dataset
 from tidepool.checkpoint import Checkpoints, Incarnation, RunLog
 from tidepool.data import Dataset, find_dataset
-from tidepool.messages import Pause, Request, Resize, Stop
+from tidepool.messages import NAMESPACE, Pause, Request, Resize, Stop
 from tidepool.specs import RunSpec, load_spec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.training.batch import shard_samples
-from tidepool.training.membership import NAMESPACE, coordinator_name
+from tidepool.training.membership import coordinator_name
 from tidepool.training.sample_record import read_record, samples_digest
 from tidepool.training.state import tensors_digest
 

@@ -20,8 +20,8 @@ from recovery_cluster import Cluster, end
 from recovery_timeline import Timeline
 
 from tests.training.conftest import prepare_dataset
-from tidepool.messages import Resize
-from tidepool.training.ray_worker import NAMESPACE, coordinator_name
+from tidepool.messages import NAMESPACE, Resize
+from tidepool.training.membership import coordinator_name
 
 ROOT = Path(__file__).resolve().parents[1]
 NUM_WORKERS = 3

@@ -37,7 +37,8 @@ from tidepool.registry import Registry
 from tidepool.specs import RunSpec, load_spec
 from tidepool.storage import open_store
 from tidepool.training.outcome import read_result
-from tidepool.training.ray_worker import NAMESPACE, coordinator_name
+from tidepool.messages import NAMESPACE
+from tidepool.training.membership import coordinator_name
 
 FOLDER = Path(".tidepool/demo")
 # Chosen before any run, in nats per held-out token. An untrained model knows nothing (ln 2048 = 7.6); these are modest.

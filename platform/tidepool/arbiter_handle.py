@@ -5,10 +5,8 @@ from importlib import import_module
 import ray
 from ray.actor import ActorHandle
 
-from tidepool.messages import ARBITER
+from tidepool.messages import ARBITER, NAMESPACE
 
-NAMESPACE = "tidepool"
-"""Ray's namespace of everything of ours that has a name."""
 _CLASS = "tidepool.pool.arbiter", "Arbiter"  # by its path: training and serving start it, and import nothing of the pool
 
 

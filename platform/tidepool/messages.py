@@ -73,7 +73,7 @@ class Replica:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """What Serve wants of one deployment, and what it has."""
+    """What Serve wants of one deployment, and what it has. `needed` is what the traffic of this moment needs; None: all that is wanted."""
 
     name: str
     project: str
@@ -82,6 +82,7 @@ class Deployment:
     replicas: tuple[Replica, ...] = ()
     priority: int = 0
     labels: frozenset[str] = frozenset()
+    needed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,8 +272,10 @@ class Plan:
 
 # --- What runs and the cluster tell the arbiter ------------------------------------------------------------------------
 
+NAMESPACE = "tidepool"
+"""Ray's namespace of everything of ours that has a name."""
 ARBITER = "tidepool-arbiter"
-"""The arbiter's name in Ray's namespace of ours."""
+"""The arbiter's name in it."""
 
 
 @dataclass(frozen=True, slots=True)

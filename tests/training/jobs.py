@@ -17,7 +17,8 @@ from tidepool.local_cluster import LocalCluster
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore
 from tidepool.training.outcome import read_result
-from tidepool.training.ray_worker import NAMESPACE, coordinator_name
+from tidepool.messages import NAMESPACE
+from tidepool.training.membership import coordinator_name
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240

@@ -19,7 +19,8 @@ from tests.training.jobs import TIMEOUT_S, Job, bits, claims
 from tidepool.checkpoint import RunLog
 from tidepool.local_cluster import LocalCluster
 from tidepool.storage import ObjectStore, open_store
-from tidepool.training.ray_worker import NAMESPACE, coordinator_name
+from tidepool.messages import NAMESPACE
+from tidepool.training.membership import coordinator_name
 
 pytestmark = pytest.mark.cluster
 

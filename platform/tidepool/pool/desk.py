@@ -278,7 +278,7 @@ class Desk:
             if wish is None:  # as many as Serve has asked for; those that wait for a place are to get one
                 found.append(Deployment(name, "default", len(there), there[0].resources, placed))
             else:
-                found.append(Deployment(name, wish.project, wish.wanted, wish.replica, placed, wish.priority))
+                found.append(Deployment(name, wish.project, wish.wanted, wish.replica, placed, wish.priority, needed=wish.needed))
         return tuple(found)
 
 

@@ -18,6 +18,7 @@ from tidepool.pool.givers import Demand, Pauses
 from tidepool.pool.holding import Holding
 from tidepool.pool.ranking import AGED, OWED, STARVING, Power
 from tidepool.pool.reasons import reason
+from tidepool.pool.replicas import take_spare_replicas
 from tidepool.pool.round import Round
 
 
@@ -58,7 +59,7 @@ def meet(state: Round, holding: Holding, power: Power, reservation: Reservation 
     pauses = Pauses.ANYBODY if reservation is not None else _pauses(state, run)
     could_launch = state.launches.could_fit(run.worker, run.labels, run.kind)
     has_failed = state.givers.has_failed_for(holding.options, missing * run.workers_per_group, pauses)
-    if has_failed and not could_launch and reservation is None:
+    if has_failed and not could_launch and reservation is None and run.tier != "premium":
         _wait(state, holding, power, pauses)
         return False
     demand = _demand(state, holding, power, pauses)
@@ -76,7 +77,7 @@ def meet(state: Round, holding: Holding, power: Power, reservation: Reservation 
         state.num_granted += missing
         holding.was_granted = True
         state.fix_kind(holding, spots[0])
-    elif is_coming:
+    elif is_coming or (run.tier == "premium" and take_spare_replicas(state, holding)):
         state.waits.append(Wait(run.name, missing, reason("coming", missing=missing)))
         holding.is_coming = True
     else:

@@ -23,6 +23,7 @@ _WORDS = {
     "gang": "{run} holds {held} groups, takes no step below its min of {min}, and cannot get the rest now",
     "project": "{claimant} needs its min; project {project} is at its quota of {quota} GPUs, and {run} gives up what it holds above "
     "its own min, from {held} to {smaller} groups",
+    "spare": "{deployment} keeps {wanted} replicas and its traffic needs {needed} now; premium run {run} lacks {missing} of its min",
     # nodes are launched
     "launch": "{missing} of {claimant} have no room; {count} more nodes of {template} would give it",
     # somebody waits

@@ -2,7 +2,9 @@
 
 Invariants:
 - A run has one driver in a cluster (the coordinator's name) and one incarnation that advances in the store.
-- When a group dies nobody else is touched: the quorum goes on without it, and another group is started.
+- A group is started on a grant of the arbiter's alone, and leaves when it is asked back. Asked for all of them, the run commits, lets
+  them go, and waits in the queue.
+- When a group dies nobody else is touched: the quorum goes on without it, and another group is granted.
 - SIGTERM and SIGINT let the workers commit and leave first; what was committed before is there in any case.
 - The driver holds no state that the store does not have: submitting the same spec again continues the run.
 """
@@ -24,16 +26,16 @@ from ray.actor import ActorHandle
 import tidepool
 from tidepool.checkpoint import Incarnation, RunLog, claim_incarnation, read_manifest
 from tidepool.errors import ClusterError, CorruptCheckpointError, RunError, SpecError
-from tidepool.messages import Pause, Resize, Stop
+from tidepool.messages import NAMESPACE, Group, Pause, Resize, RunReport, Standing, Stop
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.training.cluster_address import listens
 from tidepool.training.coordinator import Beginning, Coordinator, Orders
-from tidepool.training.growth import num_to_start
-from tidepool.training.membership import NAMESPACE, coordinator_name
+from tidepool.training.membership import coordinator_name
 from tidepool.training.outcome import Outcome, read_result
 from tidepool.training.pauses import note_paused, note_resumed
 from tidepool.training.pins import read_pins
+from tidepool.training.pool_link import PoolLink, first_report
 from tidepool.training.quorum import Rules
 from tidepool.training.quorum_events import Claimed
 from tidepool.training.ray_worker import train_worker
@@ -44,7 +46,6 @@ from tidepool.training.replica_groups import (
     WorkerFunction,
     draining_nodes,
     end_process,
-    waiting_for,
 )
 from tidepool.training.restarts import Failure, give_up
 from tidepool.training.task import Pins, Task
@@ -96,6 +97,8 @@ class _Run:
         """The coordinator, and its clock as it was last heard."""
         self._claimed = claim_incarnation(store, spec.run, {"spec_digest": spec.digest})
         self._groups = ReplicaGroups(worker, Task(spec, pins, self._claimed.number))
+        self._pool, self._report = PoolLink(), first_report(spec, self._claimed.number)
+        self._used_grants: set[str] = set()
         self._session, self._epoch = self._claimed.number, 0
         self._begin()
         self._failures: list[Failure] = []
@@ -113,13 +116,11 @@ class _Run:
         self._pulse.join()
         for number in list(self._groups.running):
             self._groups.end(number)
+        self._pool.close(self._spec.run, self._session)
         ray.kill(self._coordinator)
 
     def drive(self, stop: "_StopSignal") -> Outcome:
         """See `train`."""
-        lacking = waiting_for(self._spec.workers, self._spec.elastic.min)
-        for line in lacking:
-            _logger.warning("waiting for %s", line)
         while True:
             orders = self._orders()
             self._is_pausing = self._is_pausing or orders.is_pausing  # before the outcome: both may have come since the last time
@@ -143,7 +144,7 @@ class _Run:
             if orders.needs_claim:
                 self._claim_again()
             self._resize(orders)
-            for ended in self._groups.wait(_POLL_S):
+            for ended in self._groups.wait(_POLL_S, self._pool.open):
                 outcome = self._note_end(ended, orders)
                 if outcome is not None:
                     return self._finish(outcome)
@@ -152,11 +153,39 @@ class _Run:
 
     def _resize(self, orders: Orders) -> None:
         self._num_groups = orders.num_groups
+        self._groups.note_come(orders.heard)
+        standing = self._pool.exchange(self._report_now(orders))
         if self._stop_asked:
             return
+        self._let_leave(orders, standing)
+        for grant in standing.grants if standing else ():
+            if grant.name not in self._used_grants:
+                self._used_grants.add(grant.name)
+                group = self._groups.start(grant.name, grant.places)
+                _logger.info("starting replica group %d: %s", group.number, grant.reason)
+
+    def _report_now(self, orders: Orders) -> RunReport:
+        """What the run has and wants. A group that did not come is not asked for again at once."""
+        running = self._groups.running.values()
+        pending = {group.number for group in self._groups.pending()}
+        is_backing_off = time.monotonic() < self._grows_after
+        num_staying = sum(not group.is_leaving for group in running)
+        wanted = max(self._spec.elastic.min, min(orders.num_groups, num_staying)) if is_backing_off else orders.num_groups
+        return replace(
+            self._report,
+            max_groups=0 if self._stop_asked else wanted,
+            groups=tuple(Group(group.grant, group.places, group.started_s, group.is_leaving) for group in running),
+            settled=frozenset(group.grant for group in running if group.number not in pending),
+        )
+
+    def _let_leave(self, orders: Orders, standing: Standing | None) -> None:
+        """Let those groups go that are asked for, are more than is wanted, or are on nodes that go; end those that have left."""
         elastic, running = self._spec.elastic, self._groups.running
-        self._groups.note_come(orders.heard)
+        asked_for = dict(standing.leave) if standing else {}
         staying = [group for group in running.values() if not group.is_leaving]
+        for group in [group for group in staying if group.grant in asked_for]:
+            self._release(group, asked_for[group.grant])
+        staying = [group for group in staying if not group.is_leaving]
         staying.sort(key=lambda group: group.number not in orders.members)  # the newest leave first, and before them who takes no steps
         asked_back = [group for group in staying if group.number in orders.asked_back]
         others = [group for group in staying if group.number not in orders.asked_back]
@@ -169,16 +198,11 @@ class _Run:
                 self._groups.end(number)
                 ray.get(self._coordinator.group_ended.remote(number))
         for group in self._groups.pending():
-            is_late = time.monotonic() - group.started_at > _PLACE_TIMEOUT_S and len(staying) > elastic.min
+            is_late = time.time() - group.started_s > _PLACE_TIMEOUT_S and len(staying) > elastic.min
             if is_late or group.is_leaving:
                 self._groups.end(group.number)
-                self._grows_after = time.monotonic() + _BACK_OFF_S
-        num_staying = sum(not group.is_leaving for group in running.values())
-        room = self._groups.room() if time.monotonic() >= self._grows_after else 0
-        workers, num_shards = self._spec.workers.num_workers, self._spec.training.num_shards
-        for _ in range(num_to_start(num_staying, room, elastic.min, orders.num_groups, workers, num_shards)):
-            group = self._groups.start()
-            _logger.info("starting replica group %d", group.number)
+                if is_late:
+                    self._grows_after = time.monotonic() + _BACK_OFF_S
 
     def _release(self, group: ReplicaGroup, why: str) -> None:
         _logger.info("group %d is to leave at the next step: %s", group.number, why)

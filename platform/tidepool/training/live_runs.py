@@ -18,10 +18,10 @@ from typing import Any
 
 import tidepool
 from tidepool.errors import ClusterError, RunError
-from tidepool.messages import Pause, Resize, Stop
+from tidepool.messages import NAMESPACE, Pause, Resize, Stop
 from tidepool.scratch import ScratchFolder
 from tidepool.training.cluster_address import listens
-from tidepool.training.membership import NAMESPACE, coordinator_name
+from tidepool.training.membership import coordinator_name
 
 _CONNECT_TIMEOUT_S = 2
 _STATUS_TIMEOUT_S = 5

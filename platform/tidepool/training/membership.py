@@ -6,10 +6,6 @@ A worker *reports* several times a second, and at once when something changes; e
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-NAMESPACE = "tidepool"
-"""Ray's namespace of everything of ours that has a name."""
-
-
 def coordinator_name(run: str) -> str:
     """The name of a run's coordinator actor in the namespace."""
     return f"tidepool-run-{run}"

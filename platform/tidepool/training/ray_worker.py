@@ -15,8 +15,9 @@ from ray.actor import ActorHandle
 from ray.util.metrics import Gauge
 
 import tidepool
+from tidepool.messages import NAMESPACE
 from tidepool.telemetry import configure_logging
-from tidepool.training.membership import NAMESPACE, Directive, Process, Report, WorkerId, coordinator_name
+from tidepool.training.membership import Directive, Process, Report, WorkerId, coordinator_name
 from tidepool.training.quorum import Rules
 from tidepool.training.task import Task
 from tidepool.training.versions import check_versions, installed_versions

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tidepool.errors import TidepoolError
+from tidepool.messages import Places
 from tidepool.scratch import ScratchFolder
 from tidepool.specs import WorkersSpec
 from tidepool.telemetry import configure_logging
@@ -31,6 +32,7 @@ from tidepool.training.versions import installed_versions
 
 _ORPHANED_WITHIN_S = 30.0
 """So long after a launcher was ended its controller may still be dying."""
+_NODE_LABEL = "ray.io/node-id"
 WorkerFunction = Callable[[Mapping[str, Any]], None]
 """What runs in each process of a replica group: its `task`, the number of its `group`, the driver's `versions`."""
 
@@ -42,8 +44,8 @@ class Launcher:
         self._versions = versions
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # the driver looks for nodes that are about to go
 
-    def fit(self, worker: WorkerFunction, task: Task, group: int) -> tuple[Exception, str] | None:
-        """Run one replica group to its end; returns its error with a traceback, None if it ended well."""
+    def fit(self, worker: WorkerFunction, task: Task, group: int, places: Places) -> tuple[Exception, str] | None:
+        """Run one replica group, there, to its end; returns its error with a traceback, None if it ended well."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig  # here: the driver of a run does without Ray Train
         from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -52,7 +54,10 @@ class Launcher:
         configure_logging()
         workers = task.spec.workers
         scaling = ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=bool(workers.gpus_per_worker), resources_per_worker=_resources(workers)
+            num_workers=workers.num_workers,
+            use_gpu=bool(workers.gpus_per_worker),
+            resources_per_worker=_resources(workers),
+            label_selector=[{_NODE_LABEL: node} for node, num_workers in places for _ in range(num_workers)],
         )
         with ScratchFolder("train") as folder:
             trainer = GroupTrainer(
@@ -72,12 +77,15 @@ class Launcher:
 
 @dataclass
 class ReplicaGroup:
-    """One that was started and has not ended."""
+    """One that was started and has not ended; `grant` is the name of the grant that it was started on, with its `places`."""
 
     number: int
+    grant: str
+    places: Places
     launcher: ActorHandle
     fit: "ray.ObjectRef[Any]"
-    started_at: float
+    started_s: float
+    """Since 1970."""
     is_leaving: bool = False
     has_come: bool = False
 
@@ -100,12 +108,12 @@ class ReplicaGroups:
         self.running: dict[int, ReplicaGroup] = {}
         self._ended_at = float("-inf")
 
-    def start(self) -> ReplicaGroup:
-        """Start another group: it pends until there is room for it."""
+    def start(self, grant: str, places: Places) -> ReplicaGroup:
+        """Start another group on what was granted; it pends until what was there before has left."""
         self.num_started += 1
         launcher = ray.remote(num_cpus=0)(Launcher).remote(installed_versions())
-        fit = launcher.fit.remote(self._worker, self._task, self.num_started)
-        group = ReplicaGroup(self.num_started, launcher, fit, time.monotonic())
+        fit = launcher.fit.remote(self._worker, self._task, self.num_started, places)
+        group = ReplicaGroup(self.num_started, grant, places, launcher, fit, time.time())
         self.running[group.number] = group
         return group
 
@@ -114,16 +122,16 @@ class ReplicaGroups:
         ray.kill(self.running.pop(number).launcher)
         self._ended_at = time.monotonic()
 
-    def wait(self, timeout_s: float) -> list[Ended]:
-        """The groups that ended since the last call; waits for one to end."""
+    def wait(self, timeout_s: float, others: Collection["ray.ObjectRef[Any]"] = ()) -> list[Ended]:
+        """The groups that ended since the last call; waits for one to end, or for one of the `others`."""
         if time.monotonic() - self._ended_at < _ORPHANED_WITHIN_S:
             _remove_orphans()
-        if not self.running:
+        by_fit = {group.fit: group for group in self.running.values()}
+        if not by_fit and not others:
             time.sleep(timeout_s)
             return []
-        by_fit = {group.fit: group for group in self.running.values()}
-        ready, _ = ray.wait(list(by_fit), num_returns=1, timeout=timeout_s)
-        return [self._ended(by_fit[fit]) for fit in ready]
+        ready, _ = ray.wait([*by_fit, *others], num_returns=1, timeout=timeout_s)
+        return [self._ended(by_fit[fit]) for fit in ready if fit in by_fit]
 
     def _ended(self, group: ReplicaGroup) -> Ended:
         try:
@@ -132,12 +140,6 @@ class ReplicaGroups:
             failed = RuntimeError(f"the launcher of group {group.number} died"), str(error)
         self.end(group.number)
         return Ended(group.number, failed[0] if failed else None, failed[1] if failed else "")
-
-    def room(self) -> int:
-        """How many more groups would find a place now; those that have been started and have not come yet are counted as placed."""
-        free, workers = ray.available_resources(), self._task.spec.workers
-        fitting = min(int(free.get(name, 0) // (each * workers.num_workers)) for name, each in _resources(workers).items())
-        return max(0, fitting - len(self.pending()))
 
     def note_come(self, heard: Iterable[int]) -> None:
         """Workers of these groups have reported. It stays noted: a coordinator that was started again has heard nobody yet."""
@@ -181,17 +183,6 @@ def _kill_worker(pid: int) -> None:
 
 def _resources(workers: WorkersSpec) -> dict[str, float]:
     return {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
-
-
-def waiting_for(workers: WorkersSpec, num_groups: int) -> list[str]:
-    """What so many groups need and the cluster does not have free, as lines for a person."""
-    free, whole, num_workers = ray.available_resources(), ray.cluster_resources(), workers.num_workers * num_groups
-    return [
-        f"{each * num_workers:g} {name} ({num_workers} workers, {each:g} each); free in the cluster now: {free.get(name, 0):g} of "
-        f"{whole.get(name, 0):g}"
-        for name, each in _resources(workers).items()
-        if free.get(name, 0) < each * num_workers
-    ]
 
 
 def _cause(error: Exception) -> tuple[Exception, str]:
