@@ -91,6 +91,19 @@ def test_serving_stops_at_its_quota() -> None:
     assert waits(plan) == {"chat": "quota"}
 
 
+def test_a_premium_run_takes_replicas_that_are_kept_though_traffic_does_not_need_them() -> None:
+    chat = deployment("chat", 3, ("n0", "n0", "n1"), needed=1)
+    gold = run("gold", 2, 2, tier="premium")
+    now = pool(run("plain"), gold, on=nodes(2, 1), deployments=(chat,))
+    plan = decide(now, SHORT)
+    assert sorted(lines(plan)) == ["-chat/1", "-chat/2"]
+    assert waits(plan) == {"gold": "coming", "plain": "no_room"}
+    for one in (*plan.decisions, *plan.waits):
+        truth.check_reason(one, now, plan, SHORT)
+    assert lines(decide(replace(now, runs=(replace(gold, min_groups=3, max_groups=3),)), SHORT)) == [], "one is needed"
+    assert lines(decide(replace(now, runs=(replace(gold, tier="standard"),)), SHORT)) == []
+
+
 def test_deployments_of_one_priority_get_the_same_part_of_what_they_want() -> None:
     plan = decide(pool(on=nodes(3), deployments=(deployment("a", 4), deployment("b", 2))), SHORT)
     assert sorted(line.split()[0] for line in lines(plan)) == ["+a", "+a", "+b"]

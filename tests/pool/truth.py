@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.pool.pools import staying
-from tidepool.messages import AskBack, Decision, GrantGroup, Plan, Run, Snapshot, StartReplica, Wait
+from tidepool.messages import AskBack, Decision, DrainReplica, GrantGroup, Plan, Run, Snapshot, StartReplica, Wait
 from tidepool.pool import Rules
 
 _LEVEL = {"premium": 0, "standard": 1, "basic": 2}
@@ -96,7 +96,21 @@ def _check_serve(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
     up = {node.name for node in seen.now.nodes if node.leaves_at_s is None}
     have = sum(replica.state != "draining" and replica.node in up for replica in d.replicas)
     assert facts["wanted"] == d.wanted
-    assert have <= facts["held"] < d.wanted
+    assert have <= facts["held"] < (d.wanted if d.needed is None else min(d.needed, d.wanted))
+
+
+def _check_spare(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
+    d = next(d for d in seen.now.deployments if d.name == decision.deployment)
+    r = _run(seen.now, facts["run"])
+    drained = [one for one in seen.plan.decisions if isinstance(one, DrainReplica) and one.deployment == d.name and one.reason.rule == "spare"]
+    up = {node.name for node in seen.now.nodes if node.leaves_at_s is None}
+    have = sum(replica.state != "draining" and replica.node in up for replica in d.replicas)
+    assert facts["wanted"] == d.wanted
+    assert d.needed is not None
+    assert facts["needed"] == min(d.needed, d.wanted) <= have - len(drained)
+    assert r.tier == "premium"
+    assert facts["missing"] == r.min_groups - _counted(seen.now, r) > 0
+    assert decision.deadline_s == seen.now.now_s + seen.rules.vacate_s
 
 
 def _check_notice(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:

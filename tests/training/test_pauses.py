@@ -23,6 +23,5 @@ def test_the_outcome_may_come_with_the_wish(
     run._spec, run._store, run._is_pausing = make_run(prepared, run_name), store, False
     run._groups = SimpleNamespace(running={})  # type: ignore[assignment]
     monkeypatch.setattr(run, "_orders", lambda: orders)
-    monkeypatch.setattr(driver, "waiting_for", lambda *_: [])
     assert run.drive(driver._StopSignal()) == Outcome(False, 7, None, is_paused=is_pausing)
     assert paused_step(store, run_name) == (7 if is_pausing else None)
