@@ -249,7 +249,7 @@ class LaunchNodes:
 
 
 Decision = GrantGroup | AskBack | StartReplica | DrainReplica | LaunchNodes
-Request = Resize | AskBack | Pause | Stop
+Request = Resize | Pause | Stop
 """What a run in a cluster takes. One that was paused is resumed by submitting it again: then there is nobody who could be told."""
 
 

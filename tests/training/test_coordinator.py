@@ -7,7 +7,7 @@ from typing import TypeVar
 import pytest
 
 from tidepool.errors import RunError
-from tidepool.messages import AskBack, Pause, Reason, Resize, Stop
+from tidepool.messages import Pause, Resize, Stop
 from tidepool.training.coordinator import Beginning, Coordinator, Orders
 from tidepool.training.membership import Report, WorkerId
 from tidepool.training.quorum import Rules
@@ -29,55 +29,11 @@ def with_coordinator(use: Callable[[Coordinator], Awaitable[T]], min_groups: int
     return asyncio.run(run())
 
 
-def back(group: int) -> AskBack:
-    return AskBack("bot", str(group), Reason("reclaim", "serving needs it"))
-
-
 def test_a_run_has_as_many_groups_as_asked_for_within_its_bounds() -> None:
     async def use(one: Coordinator) -> list[int]:
         return [await one.ask(Resize("bot", wanted)) for wanted in (3, 1, 9)]
 
     assert with_coordinator(use, min_groups=2) == [3, 2, 4]
-
-
-def test_a_group_that_is_asked_back_is_named_and_not_replaced() -> None:
-    async def use(one: Coordinator) -> Orders:
-        assert [await one.ask(back(group)) for group in (2, 2, 3)] == [3, 3, 2], "asked twice, it goes once"
-        return await one.orders(0.0)
-
-    orders = with_coordinator(use)
-    assert (orders.num_groups, orders.asked_back) == (2, {2, 3})
-
-
-def test_no_other_group_takes_the_place_of_one_that_is_asked_back_from_a_run_which_has_less_than_it_wants() -> None:
-    async def use(one: Coordinator) -> Orders:
-        assert await one.ask(back(3)) == 2
-        return await one.orders(0.0)
-
-    orders = with_coordinator(use, max_groups=8, num_groups=3)
-    assert (orders.num_groups, orders.asked_back) == (2, {3})
-
-
-def test_a_group_that_leaves_or_is_gone_is_not_taken_twice() -> None:
-    async def use(one: Coordinator) -> list[int]:
-        assert await one.ask(Resize("bot", 3)) == 3
-        await one.release((4,))
-        told = [await one.ask(back(4))]
-        await one.group_ended(3)
-        return [*told, await one.ask(back(3))]
-
-    assert with_coordinator(use) == [3, 2], "of four groups one was released, and one ended by itself"
-
-
-def test_the_minimum_is_not_taken_from_a_run_that_goes_on() -> None:
-    async def use(one: Coordinator) -> Orders:
-        await one.ask(back(4))
-        with pytest.raises(RunError, match="no step with less than 3 replica groups: pause it instead"):
-            await one.ask(back(3))
-        return await one.orders(0.0)
-
-    orders = with_coordinator(use, min_groups=3, max_groups=8)
-    assert (orders.num_groups, orders.asked_back) == (3, {4})
 
 
 def test_a_run_that_is_being_started_takes_no_request() -> None:

@@ -18,7 +18,7 @@ def test_the_outcome_may_come_with_the_wish(
 ) -> None:
     none = frozenset[int]()
     stopped = Outcome(False, 7, None)
-    orders = Orders(0.0, none, 1, none, none, (), none, True, is_pausing, (), False, None, stopped)
+    orders = Orders(0.0, none, 1, none, none, (), True, is_pausing, (), False, None, stopped)
     run = object.__new__(driver._Run)  # without a cluster
     run._spec, run._store, run._is_pausing = make_run(prepared, run_name), store, False
     run._groups = SimpleNamespace(running={})  # type: ignore[assignment]

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tidepool.errors import RunError
-from tidepool.messages import AskBack, Pause, Request, Resize, Stop
+from tidepool.messages import Pause, Request, Resize, Stop
 from tidepool.telemetry.logs import configure_logging
 from tidepool.training.ledger import Ledger
 from tidepool.training.membership import Directive, Quorum, Report, WorkerId
@@ -85,8 +85,6 @@ class Orders:
     """Those of them whose workers have all ended by themselves."""
     places: tuple[tuple[int, str], ...]
     """On which nodes (their ids) the groups' workers are."""
-    asked_back: frozenset[int]
-    """The groups that the pool takes; `num_groups` is without them."""
     is_stopping: bool
     is_pausing: bool
     condemned: tuple[Condemned, ...]
@@ -105,8 +103,6 @@ class Coordinator:
         self._changed = asyncio.Event()
         self._probes: dict[WorkerId, asyncio.Task[None]] = {}
         self._condemned: list[Condemned] = []
-        self._asked_back: frozenset[int] = frozenset()
-        self._released: frozenset[int] = frozenset()
         self._needs_claim = self._stopping = self._pausing = False
         self._newest_step = 0
         self._accounted: Quorum | None = None
@@ -164,7 +160,6 @@ class Coordinator:
             heard=frozenset(worker.group for worker in self._reports),
             gone=self._gone(),
             places=tuple((one.worker.group, one.process.node_id) for one in self._reports.values() if one.process),
-            asked_back=self._asked_back,
             is_stopping=self._stopping,
             is_pausing=self._pausing,
             condemned=condemned,
@@ -200,7 +195,6 @@ class Coordinator:
 
     async def release(self, groups: tuple[int, ...]) -> None:
         """Let these groups leave at the next step boundary."""
-        self._released |= set(groups)
         self._handle(Release(groups))
 
     # --- Whoever asks -------------------------------------------------------------------------------------------------
@@ -212,32 +206,18 @@ class Coordinator:
     async def ask(self, request: Request) -> int:
         """Take a request in. Returns how many replica groups that makes, or, of a run that is to leave, the newest step that it holds.
 
-        Raises `RunError` for a group that is asked back from a run which has no more than its minimum: such a run is paused. And while
-        the run is being started: a request that waited might be obeyed when nobody means it any more.
+        Raises `RunError` while the run is being started: a request that waited might be obeyed when nobody means it any more.
         """
         if not self._begun.is_set():
             raise RunError("The run is being started: ask again in a moment.")
         match request:
             case Resize(num_groups=num_groups):
                 self._num_groups = min(max(num_groups, self._beginning.min_groups), self._beginning.max_groups)
-            case AskBack(group=group):
-                self._give_back(int(group))
             case Pause() | Stop():
                 self._stopping, self._pausing = True, self._pausing or isinstance(request, Pause)
                 self._handle(StopAsked())
                 return self._newest_step
         return self._num_groups
-
-    def _give_back(self, group: int) -> None:
-        """Let a group go, and have no other come for it: from now on no more are wanted than stay."""
-        leaving = self._asked_back | self._released
-        staying = {worker.group for worker in self._reports} - self._gone() - leaving
-        if group in leaving:
-            return
-        if group in staying and len(staying) <= self._beginning.min_groups:
-            raise RunError(f"The run takes no step with less than {self._beginning.min_groups} replica groups: pause it instead.")
-        self._num_groups = max(self._beginning.min_groups, min(self._num_groups, len(staying - {group})))
-        self._asked_back |= {group}
 
     async def pid(self) -> int:
         """The actor's process."""

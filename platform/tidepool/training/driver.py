@@ -187,10 +187,8 @@ class _Run:
             self._release(group, asked_for[group.grant])
         staying = [group for group in staying if not group.is_leaving]
         staying.sort(key=lambda group: group.number not in orders.members)  # the newest leave first, and before them who takes no steps
-        asked_back = [group for group in staying if group.number in orders.asked_back]
-        others = [group for group in staying if group.number not in orders.asked_back]
-        for group in asked_back + others[orders.num_groups :]:
-            self._release(group, "its place is asked back")
+        for group in staying[orders.num_groups :]:
+            self._release(group, "fewer groups are wanted")
         for number in self._on_draining_nodes(orders):
             self._release(running[number], "its node is about to go")
         for number in orders.gone & running.keys():
