@@ -469,14 +469,14 @@ def test_nothing_is_left_of_a_run_and_nothing_pends(start: Start, store: ObjectS
 
 def test_ending_a_launcher_frees_what_its_group_holds_and_what_it_waits_for(store: ObjectStore) -> None:
     """At the worst moments: Ray Train has a placement group, and no worker in it yet."""
-    free = idle_cpus()
+    free, here = idle_cpus(), ((ray.get_runtime_context().get_node_id(), 1),)
     held = replica_groups(elastic_run(store, "held"))
-    held.start()
+    held.start("grant", here)
     wait_for_cpus(free - 1)
     held.end(1)
     wait_until(lambda: held.wait(0.1) == [] and ray.available_resources()["CPU"] == free)
     pending = replica_groups(elastic_run(store, "pending-group", workers={"cpus_per_worker": 1000}))
-    pending.start()
+    pending.start("grant", here)
     wait_until(lambda: "PENDING" in states_of_placement_groups())
     pending.end(1)
     wait_until(lambda: pending.wait(0.1) == [] and states_of_placement_groups() <= {"REMOVED"})
