@@ -1,14 +1,17 @@
 """Ray Train's trainer with what a replica group needs of it: on few cores, each process that it does not start is seconds gained.
 
 `TorchTrainer` without torch: a run's steps go through process groups of its quorums, so that Ray's own would join nobody, and the
-launcher and Ray Train's controller, which have no other use for torch, need not import it. And without two actors for each `fit()`:
-the one that hands out Ray datasets (ours come from the store), and the one that removes the placement group of a dead
-controller, which the driver does (`replica_groups`) and which asks the dashboard once a second.
+launcher, which has no other use for torch, need not import it. And without three actors for each `fit()`: Ray Train's controller, which
+runs in the launcher itself, an actor already; the one that hands out Ray datasets (ours come from the store); and the one that removes
+the placement group of a dead controller, which the driver does (`replica_groups`) and which asks the dashboard once a second.
 """
 
+import asyncio
 from typing import Any
 
+from ray.train import Result
 from ray.train.backend import Backend, BackendConfig
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 _NOT_NEEDED = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
@@ -22,6 +25,11 @@ class GroupTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray Train has 
 
     def _create_default_callbacks(self) -> list[Any]:
         return [one for one in super()._create_default_callbacks() if type(one).__name__ not in _NOT_NEEDED]
+
+    def _initialize_and_run_controller(self, **named: Any) -> Result:
+        controller = TrainController(**named)
+        asyncio.run(controller.run())
+        return controller.get_result()
 
 
 class _Devices(Backend):  # type: ignore[misc]
