@@ -7,11 +7,13 @@ from ray.actor import ActorHandle
 
 from tidepool.messages import ARBITER, NAMESPACE
 
+_HEAD = {"node:__internal_head__": 0.001}
+"""Keeps it on the head node, whose loss ends the cluster anyway, and where the autoscaler's configuration lies (`pool.cluster`)."""
 _CLASS = "tidepool.pool.arbiter", "Arbiter"  # by its path: training and serving start it, and import nothing of the pool
 
 
 def find_arbiter() -> ActorHandle:
     """The cluster's arbiter. It outlives whoever starts it, and Ray starts it again where it dies."""
     module, name = _CLASS
-    actor = ray.remote(num_cpus=0, max_restarts=-1)(getattr(import_module(module), name))
+    actor = ray.remote(num_cpus=0, resources=_HEAD, max_restarts=-1)(getattr(import_module(module), name))
     return actor.options(name=ARBITER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote()

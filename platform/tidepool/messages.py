@@ -276,6 +276,8 @@ NAMESPACE = "tidepool"
 """Ray's namespace of everything of ours that has a name."""
 ARBITER = "tidepool-arbiter"
 """The arbiter's name in it."""
+COORDINATOR_PREFIX = "tidepool-run-"
+"""With a run's name, that of its coordinator there."""
 
 
 @dataclass(frozen=True, slots=True)

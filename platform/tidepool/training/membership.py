@@ -6,9 +6,12 @@ A worker *reports* several times a second, and at once when something changes; e
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tidepool.messages import COORDINATOR_PREFIX
+
+
 def coordinator_name(run: str) -> str:
     """The name of a run's coordinator actor in the namespace."""
-    return f"tidepool-run-{run}"
+    return COORDINATOR_PREFIX + run
 
 
 @dataclass(frozen=True, order=True)
