@@ -33,12 +33,12 @@ from corpus import write_chats, write_source
 from tidepool import local_cluster
 from tidepool.errors import TidepoolError
 from tidepool.local_cluster import LocalCluster
+from tidepool.messages import NAMESPACE
 from tidepool.registry import Registry
 from tidepool.specs import RunSpec, load_spec
 from tidepool.storage import open_store
-from tidepool.training.outcome import read_result
-from tidepool.messages import NAMESPACE
 from tidepool.training.membership import coordinator_name
+from tidepool.training.outcome import read_result
 
 FOLDER = Path(".tidepool/demo")
 # Chosen before any run, in nats per held-out token. An untrained model knows nothing (ln 2048 = 7.6); these are modest.

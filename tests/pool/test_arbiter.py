@@ -19,8 +19,8 @@ def report(run: str, **rest: Any) -> RunReport:
     return RunReport(run=run, **(values | rest))
 
 
-@pytest.fixture
-def view(monkeypatch: pytest.MonkeyPatch) -> list[ClusterView]:
+@pytest.fixture(autouse=True)
+def views(monkeypatch: pytest.MonkeyPatch) -> list[ClusterView]:
     """What the cluster says: the last one of the list."""
     views = [ClusterView((Node("n0", "H100", 2, 8),), {"n0": Resources(2, 8)})]
     monkeypatch.setattr(arbiter, "read_cluster", lambda: views[-1])
@@ -34,7 +34,7 @@ async def until_granted(actor: Arbiter, said: RunReport, number: int) -> Any:
     return standing
 
 
-def test_a_run_is_granted_what_is_free(view: list[ClusterView]) -> None:
+def test_a_run_is_granted_what_is_free() -> None:
     async def story() -> None:
         standing = await until_granted(Arbiter(), report("a"), 2)
         assert {grant.places for grant in standing.grants} == {(("n0", 1),)}
@@ -43,7 +43,7 @@ def test_a_run_is_granted_what_is_free(view: list[ClusterView]) -> None:
     asyncio.run(story())
 
 
-def test_who_waits_hears_at_once_and_otherwise_after_a_while(view: list[ClusterView]) -> None:
+def test_who_waits_hears_at_once_and_otherwise_after_a_while() -> None:
     async def story() -> None:
         actor = Arbiter()
         said = report("a")
@@ -60,7 +60,7 @@ def test_who_waits_hears_at_once_and_otherwise_after_a_while(view: list[ClusterV
     asyncio.run(story())
 
 
-def test_serving_is_allowed_what_has_a_place(view: list[ClusterView]) -> None:
+def test_serving_is_allowed_what_has_a_place() -> None:
     async def story() -> None:
         actor = Arbiter()
         deadline = time.monotonic() + _TIMEOUT_S
@@ -70,9 +70,7 @@ def test_serving_is_allowed_what_has_a_place(view: list[ClusterView]) -> None:
     asyncio.run(story())
 
 
-def test_an_unexpected_error_ends_the_process_for_ray_to_start_another(
-    view: list[ClusterView], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unexpected_error_ends_the_process_for_ray_to_start_another(view: list[ClusterView], monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         ended: list[int] = []
         monkeypatch.setattr(arbiter, "read_cluster", lambda: 1 / 0)

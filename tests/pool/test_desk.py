@@ -58,7 +58,7 @@ class World:
         self.others: dict[str, int] = {}
         self.replicas: list[ReplicaActor] = []
         self.wanted: int | None = None
-        self.needed = 0
+        self.needed: int | None = None  # as many as wanted
         self.num_replicas_started = 0
 
     def add(self, name: str, **rest: Any) -> Driver:
@@ -82,7 +82,8 @@ class World:
         self.now_s += seconds
         self.desk.see_cluster(self.view(), self.now_s)
         if self.wanted is not None:
-            self.desk.see_wish(CHAT, Wish("serving", 0, ONE, self.wanted, self.needed, self.now_s))
+            needed = self.wanted if self.needed is None else self.needed
+            self.desk.see_wish(CHAT, Wish("serving", 0, ONE, self.wanted, needed, self.now_s))
         for driver in self.drivers.values():
             self.desk.see_run(driver.report(), self.now_s)
         self.desk.decide(self.now_s)
@@ -156,7 +157,7 @@ def test_a_run_below_its_min_is_paused_and_comes_back() -> None:
     standing = world.desk.standing("a")
     assert standing is not None
     assert (standing.place, standing.num_queued) == (1, 1)
-    assert "room" in standing.reason
+    assert "do not fit" in standing.reason
     assert run.account.waiting_since_s is not None
     world.wanted = 0
     rounds(world, 4)
@@ -214,8 +215,8 @@ def test_a_desk_that_starts_anew_listens_first() -> None:
     assert not world.desk.decide(world.now_s)  # `a` has a driver, and has not been heard of
     world.drivers["a"] = late
     rounds(world, 3)
-    assert late.groups == held
-    assert world.sizes() == {"a": 3, "b": 1} or world.sizes() == {"a": 4, "b": 0}
+    assert late.groups.items() <= held.items(), "what it has stays its own"
+    assert world.sizes() == {"a": 3, "b": 1}
 
 
 def test_it_does_not_listen_for_ever() -> None:

@@ -102,7 +102,9 @@ def _check_serve(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
 def _check_spare(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
     d = next(d for d in seen.now.deployments if d.name == decision.deployment)
     r = _run(seen.now, facts["run"])
-    drained = [one for one in seen.plan.decisions if isinstance(one, DrainReplica) and one.deployment == d.name and one.reason.rule == "spare"]
+    drained = [
+        one for one in seen.plan.decisions if isinstance(one, DrainReplica) and one.deployment == d.name and one.reason.rule == "spare"
+    ]
     up = {node.name for node in seen.now.nodes if node.leaves_at_s is None}
     have = sum(replica.state != "draining" and replica.node in up for replica in d.replicas)
     assert facts["wanted"] == d.wanted
@@ -194,7 +196,7 @@ def _check_next_round(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
 def _check_coming(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
     leaving = any(g.leaving for r in seen.now.runs for g in r.groups)
     draining = any(replica.state == "draining" for d in seen.now.deployments for replica in d.replicas)
-    asked = any(isinstance(d, AskBack) for d in seen.plan.decisions)
+    asked = any(isinstance(d, AskBack | DrainReplica) for d in seen.plan.decisions)
     assert leaving or draining or asked
     assert facts["missing"] == decision.missing
 

@@ -14,11 +14,11 @@ import yaml
 
 from tidepool.checkpoint import Incarnation, RunLog
 from tidepool.local_cluster import LocalCluster
+from tidepool.messages import NAMESPACE
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore
-from tidepool.training.outcome import read_result
-from tidepool.messages import NAMESPACE
 from tidepool.training.membership import coordinator_name
+from tidepool.training.outcome import read_result
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240

@@ -18,8 +18,8 @@ from tests.training.conftest import CONFIG, make_run, prepare_dataset, publish_b
 from tests.training.jobs import TIMEOUT_S, Job, bits, claims
 from tidepool.checkpoint import RunLog
 from tidepool.local_cluster import LocalCluster
-from tidepool.storage import ObjectStore, open_store
 from tidepool.messages import NAMESPACE
+from tidepool.storage import ObjectStore, open_store
 from tidepool.training.membership import coordinator_name
 
 pytestmark = pytest.mark.cluster

@@ -19,7 +19,7 @@ from tidepool.pool.cluster import read_cluster
 from tidepool.pool.desk import Desk, Wish, deployment_name
 from tidepool.pool.recording import snapshot_to_json
 from tidepool.pool.rules import Rules
-from tidepool.telemetry import configure_logging
+from tidepool.telemetry.logs import configure_logging
 
 _logger = logging.getLogger(__name__)
 _HOLD_S = 0.5
@@ -78,7 +78,16 @@ class Arbiter:
     # --- Serving --------------------------------------------------------------------------------------------------------
 
     async def deployment(
-        self, application: str, deployment: str, project: str, priority: int, gpus: int, cpus: int, wanted: int, needed: int, num_target: int
+        self,
+        application: str,
+        deployment: str,
+        project: str,
+        priority: int,
+        gpus: int,
+        cpus: int,
+        wanted: int,
+        needed: int,
+        num_target: int,
     ) -> int:
         """How many replicas a deployment of Serve's may have now, of which it wants `wanted` and has asked Serve for `num_target`.
 

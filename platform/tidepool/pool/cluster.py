@@ -75,12 +75,12 @@ def _config_path(gcs_address: str) -> str | None:
         if f"--gcs-address={gcs_address}" in command:
             for word in command:
                 if word.startswith(_CONFIG_OPTION):
-                    return os.path.expanduser(word.removeprefix(_CONFIG_OPTION))
+                    return os.path.expanduser(str(word).removeprefix(_CONFIG_OPTION))
     return None
 
 
 @functools.lru_cache(maxsize=1)
-def _read_config(path: str, changed_ns: int) -> Mapping[str, Any]:
+def _read_config(path: str, _changed_ns: int) -> Mapping[str, Any]:
     """A configuration file, read once for each change of it: `ray up` replaces it while the cluster runs."""
     with open(path) as file:
         config: Mapping[str, Any] = yaml.safe_load(file)

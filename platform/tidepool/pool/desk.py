@@ -97,6 +97,7 @@ class Desk:
     def __init__(self, rules: Rules, epoch: str, now_s: float) -> None:
         self._rules, self._epoch, self._since_s = rules, epoch, now_s
         self._num_granted = 0
+        self._has_decided = False
         self._runs: dict[str, _Known] = {}
         self._wishes: dict[str, Wish] = {}
         self._view = ClusterView((), {})
@@ -126,7 +127,7 @@ class Desk:
         if known is not None and report.session < known.report.session:
             return False
         if known is None or report.session > known.report.session:
-            account = report.account or (known.account if known else new_account(now_s))
+            account = report.account or (self._counted(known, 0, now_s) if known else new_account(now_s))
             self._runs[report.run] = _Known(report, now_s, account, report.priority)
             return True
         is_new = replace(known.report, account=None) != replace(report, account=None)
@@ -166,6 +167,9 @@ class Desk:
         """Decide anew, if that may be; returns whether anybody is to be told anything."""
         if not self.is_ready(now_s):
             return False
+        if not self._has_decided:  # what was seen before runs had said what they hold looked like others'
+            self._others = others(self._view, self._runs.values(), {})
+            self._has_decided = True
         self.snapshot = self._snapshot(now_s)
         self._plan = decide(self.snapshot, self._rules)
         num_drained: dict[str, int] = {}
@@ -203,10 +207,14 @@ class Desk:
             known.account = replace(known.account, kind=kinds.get(places[0][0]))
 
     def _note_change(self, known: _Known, had: int, now_s: float, gave: bool = False) -> None:
-        has, least = known.num_staying, known.report.min_groups
-        if has != had:
-            known.account = count_on(known.account, had, least, known.gpus_per_group, now_s, self._rules.window_s)
-            known.account = change(known.account, had, has, least, now_s, gave)
+        if known.num_staying != had:
+            known.account = self._counted(known, known.num_staying, now_s, had, gave)
+
+    def _counted(self, known: _Known, has: int, now_s: float, had: int | None = None, gave: bool = False) -> Account:
+        """The account of a run that has `has` groups from now on, and had `had` (None: what is known) until now."""
+        had, least = known.num_staying if had is None else had, known.report.min_groups
+        account = count_on(known.account, had, least, known.gpus_per_group, now_s, self._rules.window_s)
+        return change(account, had, has, least, now_s, gave)
 
     # --- What is answered -----------------------------------------------------------------------------------------------
 
