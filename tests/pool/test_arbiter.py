@@ -70,7 +70,7 @@ def test_serving_is_allowed_what_has_a_place() -> None:
     asyncio.run(story())
 
 
-def test_an_unexpected_error_ends_the_process_for_ray_to_start_another(view: list[ClusterView], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_ends_the_process_for_ray_to_start_another(monkeypatch: pytest.MonkeyPatch) -> None:
     async def story() -> None:
         ended: list[int] = []
         monkeypatch.setattr(arbiter, "read_cluster", lambda: 1 / 0)
