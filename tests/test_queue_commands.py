@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,10 @@ import pytest
 from tidepool import cli
 from tidepool.cli import main
 from tidepool.errors import ClusterError
-from tidepool.messages import Quota
+from tidepool.messages import Node, Quota, Snapshot
 from tidepool.pool.live_pool import LivePool
 from tidepool.pool.quotas import read_quotas
+from tidepool.pool.recording import snapshot_to_json
 from tidepool.pool.usage_log import Holding, UsageLog
 from tidepool.run_queue import note_wanted, read_priority
 from tidepool.specs import RunSpec, parse_spec
@@ -38,6 +40,9 @@ VIEW: dict[str, Any] = {
 IDLE: dict[str, Any] = {"queue": [], "runs": [], "deployments": [], "nodes": [], "resubmissions": []}
 
 
+SNAPSHOT = Snapshot(100.0, (Node("n0", "H100", 4, 32),))
+
+
 class FakePool:
     """Answers what it is given, or that nobody answers; notes what it is told."""
 
@@ -48,6 +53,10 @@ class FakePool:
 
     def view(self) -> dict[str, Any]:
         return self._answered()
+
+    def snapshot(self) -> dict[str, Any]:
+        self._answered()
+        return snapshot_to_json(SNAPSHOT)
 
     def set_priority(self, run: str, priority: int) -> bool:
         self._answered()
@@ -120,7 +129,7 @@ def test_the_queue_as_json(capsys: Captured) -> None:
 
 def test_where_nobody_answers_that_is_the_answer(capsys: Captured, pool: FakePool) -> None:
     pool.answer = None
-    for command in (["queue"], ["pool", "show"], ["pool", "start"]):
+    for command in (["queue"], ["pool", "show"], ["pool", "snapshot"], ["pool", "start"]):
         assert refusal(capsys, *command) == "The pool cannot be asked: nothing answers at 10.0.0.1:6379.\n"
 
 
@@ -172,6 +181,12 @@ def test_the_pool_as_json_and_empty(capsys: Captured, pool: FakePool) -> None:
 def test_the_pool_is_told_the_store(capsys: Captured, pool: FakePool, shared_store_url: str) -> None:
     assert f"goes on with the runs that are wanted in {shared_store_url}" in said(capsys, "pool", "start")
     assert pool.told == [shared_store_url]
+
+
+def test_what_was_decided_on_can_be_recorded_and_explained(capsys: Captured, tmp_path: Path) -> None:
+    path = tmp_path / "snapshot.json"
+    path.write_text(said(capsys, "pool", "snapshot"))
+    assert "1 nodes, 4 GPUs" in said(capsys, "pool", "explain", str(path))
 
 
 def test_nobody_is_asked_where_no_cluster_is_known() -> None:

@@ -31,10 +31,14 @@ _NO_LIMIT = "none"
 
 
 class Pool(Protocol):
-    """What is asked of the arbiter of a cluster. Both raise `ClusterError` where none answers."""
+    """What is asked of the arbiter of a cluster. All of it raises `ClusterError` where none answers."""
 
     def view(self) -> dict[str, Any]:
         """Who holds what and who waits."""
+        ...
+
+    def snapshot(self) -> dict[str, Any]:
+        """What was decided on last, as JSON."""
         ...
 
     def start(self, store_url: str) -> None:
@@ -49,6 +53,8 @@ def add_pool_commands(parser: argparse.ArgumentParser, store_of: StoreOf, pool: 
     starting.set_defaults(run=lambda options: _start(store_of(options), pool()))
     showing = commands.add_parser("show", help="nodes, runs and deployments: who holds what now")
     showing.set_defaults(run=lambda options: _show(options, pool()))
+    recording = commands.add_parser("snapshot", help="print what was decided on last, as JSON, for `explain` and `what-if`")
+    recording.set_defaults(run=lambda _: print(json.dumps(pool().snapshot(), indent=2)))
     quota = commands.add_parser("quota", help="what projects may hold at a time, in GPUs (CPUs where there is none): tell, change")
     quota.add_argument("project", metavar="PROJECT", nargs="?", help="default: all")
     for purpose in ("training", "serving"):

@@ -21,11 +21,11 @@ class LivePool:
 
     def view(self) -> dict[str, Any]:
         """Who holds what and who waits (`Arbiter.view`)."""
-        answer = self._ask("The pool cannot be asked", "view")
-        if answer is None:
-            raise ClusterError("No pool is at work in this cluster: a run that is submitted starts it, or `tidepool pool start`.")
-        found: dict[str, Any] = answer
-        return found
+        return self._look("view")
+
+    def snapshot(self) -> dict[str, Any]:
+        """What was decided on last, as JSON."""
+        return self._look("snapshot")
 
     def set_priority(self, run: str, priority: int) -> bool:
         """Give a run another priority; returns whether it has a driver in this cluster."""
@@ -34,6 +34,13 @@ class LivePool:
     def start(self, store_url: str) -> None:
         """Start the arbiter, if there is none, and have it go on with what is wanted in the store."""
         self._ask("The pool cannot be started", "start", store_url)
+
+    def _look(self, what: str) -> dict[str, Any]:
+        answer = self._ask("The pool cannot be asked", what)
+        if answer is None:
+            raise ClusterError("No pool is at work in this cluster: a run that is submitted starts it, or `tidepool pool start`.")
+        found: dict[str, Any] = answer
+        return found
 
     def _ask(self, what: str, *arguments: str) -> Any:
         try:
@@ -59,6 +66,8 @@ def _answer(what: str, *arguments: str) -> Any:
         case "set_priority":
             run, priority = arguments
             question = arbiter.set_priority.remote(run, int(priority))
+        case "snapshot":
+            question = arbiter.snapshot.remote()
         case _:
             question = arbiter.view.remote()
     return ray.get(question, timeout=_TIMEOUT_S)
