@@ -20,7 +20,15 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
-from tidepool.errors import ClusterError, ObjectExistsError, StoreError, StoreUnreachableError, SupersededError, TidepoolError
+from tidepool.errors import (
+    ClusterError,
+    ObjectExistsError,
+    ObjectNotFoundError,
+    StoreError,
+    StoreUnreachableError,
+    SupersededError,
+    TidepoolError,
+)
 from tidepool.specs import RunSpec
 from tidepool.storage import LogEntry, ObjectStore, append, read_entry, read_last, read_log
 
@@ -142,6 +150,15 @@ def call_off(store: ObjectStore, run: str, how: Ending) -> bool:
     if queued is None or queued.state == "done":
         return False
     note_done(store, run, queued.incarnation, how)
+    return True
+
+
+def has_result(store: ObjectStore, run: str) -> bool:
+    """Whether a run is finished, also if its driver died before it said so here."""
+    try:
+        store.size(f"runs/{run}/result.json")
+    except ObjectNotFoundError:
+        return False
     return True
 
 

@@ -16,7 +16,7 @@ from tidepool.pool.resubmission import CallOff, GiveUp, JobState, Patience, Resu
 from tidepool.pool.resubmitter import Resubmitter
 from tidepool.run_queue import QueuedRun, note_done, note_wanted, read_queued
 from tidepool.specs import RunSpec, parse_spec
-from tidepool.storage import ObjectStore, open_store
+from tidepool.storage import ObjectStore, open_store, put_json
 
 PATIENCE = Patience()
 RUN = QueuedRun("tides", "default", {}, 1, 0.0, "job-1", begun_s=0.0)
@@ -178,6 +178,16 @@ def test_a_run_that_a_person_stopped_is_done(world: World, state: JobState) -> N
     assert queued is not None
     assert queued.state == "done"
     assert one.state() == []
+
+
+def test_a_run_that_finished_and_died_before_it_said_so_is_done(world: World) -> None:
+    world.begin("tides", 1, "job-1")
+    put_json(world.store, "runs/tides/result.json", {"steps": 4})
+    world.die("tides", "unknown")
+    assert world.step(Resubmitter(world.store, world.jobs), 500) == []
+    queued = read_queued(world.store, "tides")
+    assert queued is not None
+    assert (queued.state, queued.reason) == ("done", "finished")
 
 
 def test_a_run_that_says_that_it_is_done_is_left_alone_also_if_its_job_failed(world: World) -> None:

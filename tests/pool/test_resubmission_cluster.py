@@ -68,7 +68,7 @@ def alone(store: ObjectStore, tmp_path_factory: pytest.TempPathFactory) -> dict[
         cluster = local_cluster.start(store.url, num_cpus=2, log=tmp_path_factory.mktemp("alone") / "ray.log")
     try:
         submit(cluster, make_run(store.url, "alone", **LONG))
-        return result(store, "alone")
+        return result(store, "alone")  # and the cluster ends before the driver does
     finally:
         local_cluster.stop(cluster)
 

@@ -18,6 +18,7 @@ from tidepool.pool.resubmission import CallOff, GiveUp, JobState, Patience, Resu
 from tidepool.run_queue import (
     QueuedRun,
     call_off,
+    has_result,
     note_given_up,
     note_resubmitted,
     pool_name,
@@ -111,7 +112,7 @@ class Resubmitter:
         if run is None or run.state != "wanted":
             return
         assert run.job is not None
-        job = self._jobs.state(run.job)
+        job: JobState = "ended" if has_result(self._store, name) else self._jobs.state(run.job)
         is_same = before is not None and (before.run.job, before.run.begun_s) == (run.job, run.begun_s)
         since_s = before.since_s if before is not None and is_same and job != "active" else now_s
         match decide(run, job, since_s, now_s, self._patience):
