@@ -100,7 +100,15 @@ def test_a_node_exports_what_a_local_cluster_gives_its_processes(
     assert (exported.pop("RAY_AUTH_MODE"), exported.pop("RAY_AUTH_TOKEN_PATH")) == ("token", f"{folder}/ray_token")
     assert local.pop("PATH").split(":")[0] == str(Path(sys.executable).parent)
     assert local.pop("PYTHONPATH").replace(str(ROOT), folder) == exported.pop("PYTHONPATH")
+    assert exported.pop("TIDEPOOL_POOL") == config["cluster_name"] != local.pop("TIDEPOOL_POOL")
     assert exported == {name: value for name, value in local.items() if name not in LOCAL_ONLY}
+
+
+def test_the_pool_of_a_head_that_came_back_goes_on_with_what_is_wanted(config: dict[str, Any]) -> None:
+    *_, start = config["head_start_ray_commands"]
+    assert re.search(r"RAY_ADDRESS=127\.0\.0\.1:6379 .*-m tidepool\.cli pool start --store s3://BUCKET/PREFIX$", start)
+    assert "RAY_AUTH_MODE=token" in start
+    assert "pool start" not in " ".join(config["worker_start_ray_commands"])
 
 
 def test_nodes_with_efa_can_use_it_and_spot_notices_are_watched_for_on_the_workers(config: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from tidepool.checkpoint import claim_incarnation
 from tidepool.cli import main
 from tidepool.errors import ClusterError, RunError, StoreError, TidepoolError
 from tidepool.run_commands import add_run_commands
+from tidepool.run_queue import note_wanted, read_queued
 from tidepool.specs import RunSpec, parse_spec
 from tidepool.storage import ObjectStore, get_json, open_store
 from tidepool.training.coordinator import Beginning, Coordinator
@@ -82,6 +83,8 @@ class FakeCluster:
         return min(4, num_groups)
 
     def stop(self, run: str, pause: bool) -> int:
+        if run.startswith("lost"):
+            raise RunError(f"Run {run} is not being trained in this cluster")
         self._asked.append((run, pause))
         return 7
 
@@ -96,7 +99,7 @@ def ask(capsys: Captured) -> Ask:
 
     def run(store: ObjectStore, *command: str, seen: Look = NOWHERE, asked: list[Any] | None = None) -> str:
         parser = argparse.ArgumentParser()
-        add_run_commands(parser, lambda _: store, lambda: FakeCluster(seen, asked))
+        add_run_commands(parser.add_subparsers(), lambda _: store, lambda: FakeCluster(seen, asked))
         options = parser.parse_args(command)
         options.run(options)
         out, err = capsys.readouterr()
@@ -298,6 +301,30 @@ def test_a_run_that_does_not_train_is_submitted_as_it_was_resolved(trained: Obje
     assert "Run killed goes on as job job-1" in ask(trained, "resume", "killed", seen=Look({}), asked=asked)
     [spec] = asked
     assert parse_spec(spec, RunSpec) == make_run(trained.url, "killed", **SMALL)
+
+
+def test_a_run_without_a_driver_is_called_off_and_resumed_by_the_spec_of_the_queue(store_url: str, ask: Ask) -> None:
+    store, asked = open_store(store_url), list[Any]()
+    spec = make_run(store.url, "lost", **SMALL)
+    note_wanted(store, spec, 1)
+    assert "Run lost has no driver now, and the pool starts none any more" in ask(store, "stop", "lost", seen=Look({}))
+    queued = read_queued(store, "lost")
+    assert queued is not None
+    assert (queued.state, queued.reason) == ("done", "stopped")
+    with pytest.raises(RunError, match="not being trained in this cluster"):
+        ask(store, "stop", "lost", seen=Look({}))
+    assert "Run lost goes on as job job-1" in ask(store, "resume", "lost", seen=Look({}), asked=asked)
+    assert [parse_spec(one, RunSpec) for one in asked] == [spec]
+
+
+def test_a_run_that_refuses_is_not_called_off(store_url: str, ask: Ask) -> None:
+    store = open_store(store_url)
+    note_wanted(store, make_run(store.url, "lost", **SMALL), 1)
+    with pytest.raises(RunError, match="not being trained in this cluster"):
+        ask(store, "pause", "lost", seen=Look({"lost": None}))
+    queued = read_queued(store, "lost")
+    assert queued is not None
+    assert queued.state == "wanted"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The `tidepool` command: models, keys, runs, datasets, stores, and a local cluster. Runs are submitted with `ray job submit` (see jobs/).
+"""The `tidepool` command: models, keys, runs, the pool and its queue, datasets, stores, and a local cluster.
+
+Runs are submitted with `ray job submit` (see jobs/).
 
 Exit status: 0 done, 1 an error (one message says what to do), 2 a command line that makes no sense.
 """
@@ -6,7 +8,7 @@ Exit status: 0 done, 1 an error (one message says what to do), 2 a command line 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tidepool import __version__, local_cluster
@@ -14,7 +16,9 @@ from tidepool.data_commands import add_data_commands
 from tidepool.errors import ClusterError, SpecError, TidepoolError
 from tidepool.keys_commands import add_keys_commands
 from tidepool.model_commands import add_model_commands
+from tidepool.pool.live_pool import LivePool
 from tidepool.pool_commands import add_pool_commands
+from tidepool.queue_commands import add_priority_command, add_queue_command
 from tidepool.registry import ModelVersion, Registry
 from tidepool.run_commands import add_run_commands
 from tidepool.specs import STORE_VARIABLE
@@ -45,14 +49,17 @@ def _parser() -> argparse.ArgumentParser:
     _add_models(commands.add_parser("models", help="list, show, promote and roll back published models; import, merge, export"))
     for command in add_keys_commands(commands.add_parser("keys", help="keys to the API: create, list, revoke"), _store):
         _add_store(command, _DEFAULT_STORE)
-    for command in add_run_commands(
-        commands.add_parser("runs", help="training runs: list, show, resize, pause, stop, resume"), _store, _cluster
-    ):
+    runs = commands.add_parser("runs", help="training runs: list, show, resize, pause, stop, resume, set-priority")
+    on_runs = runs.add_subparsers(required=True, metavar="COMMAND")
+    for command in (*add_run_commands(on_runs, _store, _cluster), add_priority_command(on_runs, _store, _pool)):
         _add_store(command, _DEFAULT_STORE)
+    add_queue_command(commands.add_parser("queue", help="which runs wait for a place, at which place and why"), _pool)
     add_store_commands(commands.add_parser("store", help="check that an object store is fit for commits"))
     inspect = add_data_commands(commands.add_parser("data", help="look at prepared datasets"), _store)
     _add_store(inspect, _DEFAULT_STORE)
-    add_pool_commands(commands.add_parser("pool", help="who holds which GPU, and why; what a run would get"))
+    pool = commands.add_parser("pool", help="who holds which GPU, and why; what projects may hold and have used; what a run would get")
+    for command in add_pool_commands(pool, _store, _pool):
+        _add_store(command, _DEFAULT_STORE)
     up = commands.add_parser("up", help="start a Ray cluster on this machine and serve what is published in its store")
     _add_store(up, f"default: ${STORE_VARIABLE}, else a local directory, {_LOCAL_STORE}")
     up.add_argument("--num-cpus", type=int, default=4, help="logical CPUs: how many workers and replicas fit at a time (default: 4)")
@@ -100,10 +107,18 @@ def _store(options: argparse.Namespace) -> ObjectStore:
 
 
 def _cluster() -> Cluster:
-    """The cluster of `RAY_ADDRESS`, else the one that `tidepool up` started here."""
+    return Cluster(_environment())
+
+
+def _pool() -> LivePool:
+    return LivePool(_environment())
+
+
+def _environment() -> Mapping[str, str]:
+    """That of the cluster of `RAY_ADDRESS`, else of the one that `tidepool up` started here."""
     if "RAY_ADDRESS" not in os.environ and (cluster := local_cluster.load(_CLUSTER_FILE)) is not None:
-        return Cluster(cluster.environment)
-    return Cluster(os.environ)
+        return cluster.environment
+    return os.environ
 
 
 def _list_models(options: argparse.Namespace) -> None:
@@ -168,6 +183,10 @@ def _up(options: argparse.Namespace) -> None:
     print("Starting a Ray cluster", flush=True)
     cluster = local_cluster.start(url, options.num_cpus, Path(".tidepool/ray.log"), usual_ports=True, find_gpus=True)
     local_cluster.save(cluster, _CLUSTER_FILE)
+    try:
+        LivePool(cluster.environment).start(url)
+    except ClusterError as error:
+        print(f"The first run that is submitted starts the pool: {error}", flush=True)
     models = Registry(store).names()
     if models:
         print(f"Serving {', '.join(models)}", flush=True)

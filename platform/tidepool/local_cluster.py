@@ -31,6 +31,7 @@ import psutil
 
 import tidepool
 from tidepool.errors import ClusterError
+from tidepool.run_queue import POOL_VARIABLE
 from tidepool.specs import STORE_VARIABLE
 
 _START_TIMEOUT_S = 120
@@ -74,6 +75,7 @@ def environment(store_url: str) -> dict[str, str]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         STORE_VARIABLE: store_url,
+        POOL_VARIABLE: os.environ.get(POOL_VARIABLE) or f"local-{socket.gethostname()}",  # the store may be another cluster's, too
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
         "RAY_JOB_STOP_WAIT_TIME_S": "60",

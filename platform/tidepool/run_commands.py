@@ -16,8 +16,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Protocol
 
-from tidepool.errors import ClusterError, CorruptCheckpointError, RunError, StoreError
+from tidepool.errors import ClusterError, CorruptCheckpointError, RunError, SpecError, StoreError
+from tidepool.run_queue import Ending, call_off, read_queued
 from tidepool.storage import ObjectStore, find_json
+from tidepool.table import span, table
 from tidepool.training.live_runs import Look
 from tidepool.training.pauses import paused_step
 
@@ -58,10 +60,11 @@ _RESULT = ("samples", "first_loss", "last_loss", "held_out_loss_before", "held_o
 
 
 def add_run_commands(
-    parser: argparse.ArgumentParser, store_of: Callable[[argparse.Namespace], ObjectStore], cluster: Callable[[], Cluster]
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    store_of: Callable[[argparse.Namespace], ObjectStore],
+    cluster: Callable[[], Cluster],
 ) -> list[argparse.ArgumentParser]:
-    """Add the commands to the parser of `tidepool runs`; each sets `run`. `cluster` finds the one to ask. Returns those with a store."""
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    """Add the commands to those of `tidepool runs`; each sets `run`. `cluster` finds the one to ask. Returns those with a store."""
     listing = commands.add_parser("list", help="all runs: state, step, newest commit, replica groups, goodput, what was published")
     listing.set_defaults(run=lambda options: _list(options, store_of(options), cluster().look))
     show = commands.add_parser("show", help="a run: what it was made from, its commits, workers, times and result")
@@ -74,15 +77,15 @@ def add_run_commands(
     pause = commands.add_parser(
         "pause", help="let a run commit where it is and leave the cluster; `resume` continues it, here or elsewhere"
     )
-    pause.set_defaults(run=lambda options: _stop(options, cluster(), is_pause=True))
+    pause.set_defaults(run=lambda options: _stop(options, lambda: store_of(options), cluster(), is_pause=True))
     stop = commands.add_parser("stop", help="let a run commit where it is and end its job")
-    stop.set_defaults(run=lambda options: _stop(options, cluster(), is_pause=False))
+    stop.set_defaults(run=lambda options: _stop(options, lambda: store_of(options), cluster(), is_pause=False))
     resume = commands.add_parser("resume", help="submit a run that was paused, stopped or lost, from its newest commit")
     resume.set_defaults(run=lambda options: _resume(options, store_of(options), cluster()))
     for command in (resize, pause, stop, resume):
         command.add_argument("name", metavar="RUN", help="the `run` of its spec")
     resize.add_argument("num_groups", metavar="GROUPS", type=int, help="how many replica groups")
-    return [listing, show, resume]
+    return [listing, show, pause, stop, resume]
 
 
 def _resize(options: argparse.Namespace, cluster: Cluster) -> None:
@@ -93,15 +96,30 @@ def _resize(options: argparse.Namespace, cluster: Cluster) -> None:
     print(f"Run {options.name} is to have {_count(given, 'replica group')}{bound}. `tidepool runs show {options.name}` tells when it has.")
 
 
-def _stop(options: argparse.Namespace, cluster: Cluster, is_pause: bool) -> None:
-    step = cluster.stop(options.name, is_pause)
-    then = f"`tidepool runs resume {options.name}` continues it" if is_pause else "submitting it again continues it"
-    print(f"Run {options.name}, now at step {step}, commits at its next step and {'leaves the cluster' if is_pause else 'ends'}; {then}.")
+def _stop(options: argparse.Namespace, store_of: Callable[[], ObjectStore], cluster: Cluster, is_pause: bool) -> None:
+    name = options.name
+    try:
+        step = cluster.stop(name, is_pause)
+    except RunError:
+        if not _is_called_off(name, "paused" if is_pause else "stopped", store_of, cluster):
+            raise
+        print(f"Run {name} has no driver now, and the pool starts none any more; `tidepool runs resume {name}` continues it.")
+        return
+    then = f"`tidepool runs resume {name}` continues it" if is_pause else "submitting it again continues it"
+    print(f"Run {name}, now at step {step}, commits at its next step and {'leaves the cluster' if is_pause else 'ends'}; {then}.")
+
+
+def _is_called_off(name: str, how: Ending, store_of: Callable[[], ObjectStore], cluster: Cluster) -> bool:
+    """Take a run without a driver off the list of those that are wanted; returns whether it was such a run."""
+    with suppress(SpecError):  # no store is known here
+        return name not in cluster.look().runs and call_off(store_of(), name, how)
+    return False
 
 
 def _resume(options: argparse.Namespace, store: ObjectStore, cluster: Cluster) -> None:
     name = options.name
-    if "/" in name or not any(store.list(f"runs/{name}/")):
+    queued = read_queued(store, name) if "/" not in name else None
+    if queued is None and ("/" in name or not any(store.list(f"runs/{name}/"))):
         raise _unknown(name, store)
     if _document(store, f"runs/{name}/script.json") is not None:
         raise RunError(
@@ -114,9 +132,10 @@ def _resume(options: argparse.Namespace, store: ObjectStore, cluster: Cluster) -
         raise RunError(f"Run {name} is being trained in this cluster already.")
     if _document(store, f"runs/{name}/result.json") is not None:
         raise RunError(f"Run {name} is finished; give another `run` name to train again.")
-    if stored is None:
+    spec = stored["spec"] if stored is not None else queued.spec if queued is not None else None
+    if spec is None:
         raise RunError(f"Run {name} was stopped before its first worker had begun: submit its spec again with `ray job submit`.")
-    job = cluster.submit(stored["spec"] | {"store": store.url})
+    job = cluster.submit({**spec, "store": store.url})
     print(f"Run {name} goes on as job {job}: `ray job logs --follow {job}` shows it, `tidepool runs show {name}` where it is.")
 
 
@@ -135,7 +154,7 @@ def _list(options: argparse.Namespace, store: ObjectStore, look: Callable[[], Lo
         print("  ray job submit --working-dir . -- python jobs/train.py jobs/train.yaml")
     else:
         rows = [("RUN", "STATE", "STEP", "COMMIT", "GROUPS", "GOODPUT", "PUBLISHED"), *map(_row, runs)]
-        print("\n".join([*_table(rows), *_doubt(seen, runs)]))
+        print("\n".join([*table(rows), *_doubt(seen, runs)]))
 
 
 def _show(options: argparse.Namespace, store: ObjectStore, look: Callable[[], Look]) -> None:
@@ -340,9 +359,9 @@ def _account_lines(run: Facts) -> dict[str, str]:
         return {"goodput": "-"}
     until = "" if run["result"] or run["live"] else ", up to that commit"
     rest = sorted((account["rest"] or {}).items(), key=lambda item: -item[1])
-    spent = ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {_span(time_s)}" for name, time_s in rest if time_s >= 0.05)
+    spent = ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {span(time_s)}" for name, time_s in rest if time_s >= 0.05)
     return {
-        "goodput": f"{account['goodput']:.1%} of {_span(account['wall_s'])}{until}",
+        "goodput": f"{account['goodput']:.1%} of {span(account['wall_s'])}{until}",
         "the rest": spent or "-",
         "quorum changes": str(account["quorum_changes"]),
         "recomputed": f"{account['recomputed_steps']} steps",
@@ -373,13 +392,8 @@ def _live_lines(live: Facts) -> list[str]:
         f"{'quorum':>16}  {quorum}",
         f"{'replica groups':>16}  {groups} ({_of(len(live['groups']), live['wanted_groups'])} wanted)",
         "",
-        *_table(rows),
+        *table(rows),
     ]
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _of(number: int, total: int | None) -> str:
@@ -387,12 +401,4 @@ def _of(number: int, total: int | None) -> str:
 
 
 def _ago(commit: Facts) -> str:
-    return f"{_span(commit['age_s'])} ago" if commit["age_s"] is not None else "replaced since"
-
-
-def _span(time_s: float) -> str:
-    """A duration for a person."""
-    for limit, unit, unit_s in ((10, "s", 1), (120, "s", 1), (7200, "min", 60), (172_800, "h", 3600)):
-        if time_s < limit:
-            return f"{time_s / unit_s:.{1 if limit == 10 else 0}f} {unit}"
-    return f"{time_s / 86_400:.0f} days"
+    return f"{span(commit['age_s'])} ago" if commit["age_s"] is not None else "replaced since"

@@ -15,8 +15,10 @@ from typing import Any
 from ray.exceptions import RayError
 
 from tidepool.messages import Resources, RunReport, Standing
+from tidepool.pool.books import Books
 from tidepool.pool.cluster import read_cluster
 from tidepool.pool.desk import Desk, Wish, deployment_name
+from tidepool.pool.ray_jobs import RayJobs
 from tidepool.pool.recording import snapshot_to_json
 from tidepool.pool.rules import Rules
 from tidepool.telemetry.logs import configure_logging
@@ -25,6 +27,7 @@ _logger = logging.getLogger(__name__)
 _HOLD_S = 0.5
 """How long a report is kept unanswered while there is nothing new to say."""
 _LOOK_EVERY_S = 0.5
+_BOOKS_EVERY_S = 1.0
 _PAUSE_S = 0.05
 """Between two decisions: what comes in meanwhile is decided on together."""
 
@@ -35,6 +38,7 @@ class Arbiter:
     def __init__(self) -> None:
         configure_logging()
         self._desk = Desk(Rules(), secrets.token_hex(4), time.time())
+        self._books = Books(RayJobs())
         self._news = asyncio.Event()
         """Something was said that may change what is decided."""
         self._changed = asyncio.Event()
@@ -45,7 +49,7 @@ class Arbiter:
         """Start to look and to decide; Ray makes the actor outside its loop, so that the first call does it."""
         if not self._tasks:
             loop = asyncio.get_running_loop()
-            self._tasks = [loop.create_task(_lasting(work)) for work in (self._look, self._decide)]
+            self._tasks = [loop.create_task(_lasting(work)) for work in (self._look, self._decide, self._keep_books)]
 
     # --- Runs -----------------------------------------------------------------------------------------------------------
 
@@ -105,6 +109,11 @@ class Arbiter:
 
     # --- Whoever looks --------------------------------------------------------------------------------------------------
 
+    async def watch(self, store_url: str) -> None:
+        """Go on with the runs that are wanted in a store."""
+        self._begin()
+        self._books.watch(store_url)
+
     async def snapshot(self) -> dict[str, Any]:
         """What was decided on last, as JSON, for `tidepool pool explain`."""
         self._begin()
@@ -126,6 +135,19 @@ class Arbiter:
             self._desk.see_cluster(view, time.time())
             self._news.set()
         await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _keep_books(self) -> None:
+        """Let the stores follow, which takes as long as they do."""
+        now_s, desk = time.time(), self._desk
+        for report in desk.reports:
+            self._books.watch(report.store)
+        if desk.is_ready(now_s):
+            runs, deployments = desk.snapshot.runs, desk.snapshot.deployments
+            await asyncio.to_thread(self._books.step, desk.living_runs, runs, deployments, now_s)
+            if desk.quotas != self._books.quotas:
+                desk.quotas = self._books.quotas
+                self._news.set()
+        await asyncio.sleep(_BOOKS_EVERY_S)
 
     async def _decide(self) -> None:
         """Decide when there is news, and tell who waits."""

@@ -249,6 +249,11 @@ class Desk:
         return tuple(known.report for known in self._runs.values())
 
     @property
+    def living_runs(self) -> frozenset[str]:
+        """The runs that have a driver, as Ray says."""
+        return self._view.runs
+
+    @property
     def used_nodes(self) -> frozenset[str]:
         """The nodes on which a group or a replica is, or shall be."""
         groups = {node for known in self._runs.values() for group in known.groups for node, _ in group.places}

@@ -25,11 +25,12 @@ from ray.actor import ActorHandle
 
 import tidepool
 from tidepool.checkpoint import Incarnation, RunLog, claim_incarnation, read_manifest
-from tidepool.errors import ClusterError, CorruptCheckpointError, RunError, SpecError
+from tidepool.cluster_address import listens
+from tidepool.errors import ClusterError, CorruptCheckpointError, RunError, SpecError, StoreError
 from tidepool.messages import NAMESPACE, Group, Pause, Resize, RunReport, Standing, Stop
+from tidepool.run_queue import Ending, is_final, note_done, note_wanted, read_priority, submission_id
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
-from tidepool.training.cluster_address import listens
 from tidepool.training.coordinator import Beginning, Coordinator, Orders
 from tidepool.training.membership import coordinator_name
 from tidepool.training.outcome import Outcome, read_result
@@ -78,7 +79,7 @@ def train(spec: RunSpec, worker: WorkerFunction = train_worker) -> Outcome:
         return Outcome(True, result["steps"], result)
     note_resumed(store, spec.run)
     with _connection(), closing(_Run(spec, pins, store, worker)) as run, _stop_signals() as stop:
-        return run.drive(stop)
+        return run.live(stop)
 
 
 def _resolve(spec: RunSpec, store: ObjectStore) -> Pins:
@@ -97,7 +98,8 @@ class _Run:
         """The coordinator, and its clock as it was last heard."""
         self._claimed = claim_incarnation(store, spec.run, {"spec_digest": spec.digest})
         self._groups = ReplicaGroups(worker, Task(spec, pins, self._claimed.number))
-        self._pool, self._report = PoolLink(), first_report(spec, self._claimed.number)
+        queued = note_wanted(store, spec, self._claimed.number)
+        self._pool, self._report = PoolLink(), first_report(spec, queued, read_priority(store, spec.run))
         self._used_grants: set[str] = set()
         self._session, self._epoch = self._claimed.number, 0
         self._begin()
@@ -118,6 +120,27 @@ class _Run:
             self._groups.end(number)
         self._pool.close(self._spec.run, self._session)
         ray.kill(self._coordinator)
+
+    def live(self, stop: "_StopSignal") -> Outcome:
+        """Drive the run to its end, and say in the list of runs if nobody is to go on with it. Raises as `train`."""
+        try:
+            outcome = self.drive(stop)
+        except BaseException as error:
+            if is_final(error):
+                self._note_done("failed", str(error))
+            raise
+        if outcome.finished or outcome.is_paused:
+            self._note_done("finished" if outcome.finished else "paused")
+        elif not stop.received or submission_id() is None:
+            self._note_done("stopped")
+        # else it may be the machine that ends: whether a person has stopped the job, Ray knows, and the arbiter asks
+        return outcome
+
+    def _note_done(self, how: Ending, reason: str = "") -> None:
+        try:
+            note_done(self._store, self._spec.run, self._session, how, reason)
+        except StoreError as error:
+            _logger.warning("that run %s is done was not noted, so that it may be submitted again: %s", self._spec.run, error)
 
     def drive(self, stop: "_StopSignal") -> Outcome:
         """See `train`."""

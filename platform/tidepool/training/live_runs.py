@@ -1,31 +1,24 @@
-"""What the runs in a Ray cluster say of themselves now, and what they are asked for. In a process of its own, as whose program
-this module runs.
+"""What the runs in a Ray cluster say of themselves now, and what they are asked for. In a process of its own (`cluster_process`),
+as whose program this module runs.
 
-Connecting to Ray prints, goes on trying for minutes where nobody answers, and cannot be called off: a process can. That no
-cluster answers is an answer for who only looks; who asks for something gets a `ClusterError`.
+That no cluster answers is an answer for who only looks; who asks for something gets a `ClusterError`.
 """
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import tidepool
+from tidepool.cluster_process import ask_cluster, last_line
 from tidepool.errors import ClusterError, RunError
+from tidepool.job_folder import ENTRYPOINT, job_folder, new_job_id
 from tidepool.messages import NAMESPACE, Pause, Resize, Stop
-from tidepool.scratch import ScratchFolder
-from tidepool.training.cluster_address import listens
 from tidepool.training.membership import coordinator_name
 
-_CONNECT_TIMEOUT_S = 2
 _STATUS_TIMEOUT_S = 5
-_TIMEOUT_S = 30
 
 
 class Cluster:
@@ -51,15 +44,13 @@ class Cluster:
 
     def submit(self, spec: Mapping[str, Any]) -> str:
         """Submit a job that trains by a spec (JSON), with this library; returns its id. Raises `ClusterError`."""
-        job = f"{spec['run']}-{uuid.uuid4().hex[:8]}"
-        with ScratchFolder("submit") as folder:
-            shutil.copytree(tidepool.__path__[0], Path(folder) / "tidepool", ignore=shutil.ignore_patterns("__pycache__"))
-            (Path(folder) / "spec.json").write_text(json.dumps(spec))
+        job = new_job_id(spec["run"])
+        with job_folder(spec) as folder:
             command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--no-wait", "--submission-id", job]
-            command += ["--working-dir", folder, "--", "python", "-m", "tidepool.training.job", "spec.json"]
+            command += ["--working-dir", folder, "--", *ENTRYPOINT]
             done = subprocess.run(command, env=self._environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise ClusterError(f"Run {spec['run']} was not submitted: {_last_line(done.stderr) or _last_line(done.stdout)}")
+            raise ClusterError(f"Run {spec['run']} was not submitted: {last_line(done.stderr) or last_line(done.stdout)}")
         return job
 
     def _tell(self, request: Resize | Pause | Stop) -> int:
@@ -75,28 +66,8 @@ class Cluster:
         return int(answer)
 
     def _call(self, *arguments: str) -> Any:
-        """What this module's program prints last. Raises `ClusterError`, without a full stop."""
-        address = self._environment.get("RAY_ADDRESS", "")
-        if not address:
-            raise ClusterError("no cluster is known here; set RAY_ADDRESS (to `auto` on a node of it)")
-        if not listens(address, _CONNECT_TIMEOUT_S):
-            raise ClusterError(f"nothing answers at {address}")
-        path = [str(Path(tidepool.__path__[0]).parent), self._environment.get("PYTHONPATH", "")]
-        variables = {**self._environment, "PYTHONPATH": os.pathsep.join(part for part in path if part)}
-        command = [sys.executable, "-m", "tidepool.training.live_runs", *arguments]
-        try:
-            done = subprocess.run(
-                command, env=variables, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-            )
-        except subprocess.TimeoutExpired as error:
-            raise ClusterError(f"{address} did not answer within {_TIMEOUT_S} s") from error
-        if done.returncode:
-            raise ClusterError(f"Ray could not connect to {address} ({_last_line(done.stderr) or f'exit status {done.returncode}'})")
-        return json.loads(_last_line(done.stdout))
-
-
-def _last_line(text: str) -> str:
-    return next((line for line in reversed(text.split("\n")) if line.strip()), "")
+        """What this module's program answers. Raises `ClusterError`, without a full stop."""
+        return ask_cluster(self._environment, "tidepool.training.live_runs", *arguments)
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,15 @@
 
 import logging
 import math
+import time
 from collections.abc import Collection
 from dataclasses import replace
 
 import ray
 
 from tidepool.arbiter_handle import find_arbiter
-from tidepool.messages import Resources, RunReport, Standing
+from tidepool.messages import Account, Resources, RunReport, Standing
+from tidepool.run_queue import QueuedRun
 from tidepool.specs import RunSpec, WorkersSpec
 
 _logger = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ class PoolLink:
             self._open = None
         if self._open is None or report != self._told:
             self._told = report
-            account = self._standing.account if self._standing else None
+            account = self._standing.account if self._standing else report.account
             priority = self._standing.priority if self._standing else report.priority
             self._open = self._arbiter.report.remote(replace(report, account=account, priority=priority))
         return self._standing
@@ -59,22 +61,23 @@ class PoolLink:
         ray.wait([self._arbiter.leave.remote(run, session)], timeout=_LEAVE_TIMEOUT_S)
 
 
-def first_report(spec: RunSpec, session: int) -> RunReport:
-    """What a run is to the pool before it has anything."""
+def first_report(spec: RunSpec, queued: QueuedRun, priority: int | None) -> RunReport:
+    """What a run is to the pool before it has anything. `priority`: what a person has given it in place of its spec's."""
     pool = spec.pool
     return RunReport(
         run=spec.run,
-        session=session,
+        session=queued.incarnation,
         store=spec.store,
         project=pool.project,
         tier=pool.tier,
-        priority=pool.priority,
+        priority=pool.priority if priority is None else priority,
         min_groups=spec.elastic.min,
         max_groups=spec.elastic.max,
         shards=spec.training.num_shards,
         workers_per_group=spec.workers.num_workers,
         worker=whole(spec.workers),
         labels=frozenset(pool.labels),
+        account=Account(queued.submitted_s, queued.submitted_s, as_of_s=time.time()),
     )
 
 
