@@ -178,6 +178,7 @@ def test_a_run_that_trains_is_told_with_its_workers(trained: ObjectStore, ask: A
     status = asyncio.run(status_now())
     quorum = {"step": 3, "quorum": "0.4", "is_stepping": True, "groups": [0, 1], "wanted_groups": 3}
     stepping = status | quorum | {"workers": [one | {"rank": 1 - one["group"], "phase": "step", "step": 3} for one in status["workers"]]}
+    stepping["workers"][1]["score"] = 0.63
     seen = Look({"killed": stepping, "of another store": None})
     text = ask(trained, "show", "killed", seen=seen)
     shown = fields(text)
@@ -185,9 +186,9 @@ def test_a_run_that_trains_is_told_with_its_workers(trained: ObjectStore, ask: A
     assert (shown["quorum"], shown["replica groups"]) == ("0.4, taking steps", "0, 1 (2 of 3 wanted)")
     assert shown["goodput"] == "60.0% of 100 s"
     assert [line.split() for line in text.splitlines()[-3:]] == [
-        ["GROUP", "RANK", "NODE", "PID", "PHASE", "STEP"],
-        ["0", "1", "10.0.0.7", "1234", "step", "3"],
-        ["1", "0", "10.0.0.7", "1235", "step", "3"],
+        ["GROUP", "RANK", "NODE", "PID", "PHASE", "STEP", "SCORE"],
+        ["0", "1", "10.0.0.7", "1234", "step", "3", "-"],
+        ["1", "0", "10.0.0.7", "1235", "step", "3", "0.63"],
     ]
     row = ask(trained, "list", seen=seen).splitlines()[2]
     assert row.startswith("killed  training")
@@ -200,7 +201,7 @@ def test_a_run_whose_workers_load_and_one_that_does_not_answer_are_training_too(
     shown = fields(text)
     assert (shown["state"], shown["step"], shown["quorum"]) == ("training", "2 of 4", "none yet")
     assert shown["replica groups"] == "none (0 of 3 wanted)"
-    assert text.splitlines()[-1].split() == ["1", "-", "10.0.0.7", "1235", "load", "0"]
+    assert text.splitlines()[-1].split() == ["1", "-", "10.0.0.7", "1235", "load", "0", "-"]
     assert fields(ask(trained, "show", "new", seen=seen))["state"] == "training"
     assert [row.split()[:2] for row in ask(trained, "list", seen=seen).splitlines()[2:]] == [["killed", "training"], ["new", "training"]]
 

@@ -45,6 +45,8 @@ class Node:
     is_spot: bool = False
     domain: str = ""
     leaves_at_s: float | None = None
+    quarantine: str = ""
+    """Why it is in quarantine, if it is; then it leaves, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,6 +297,24 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
+class WorkerDeath:
+    """A worker process that ended though nobody had asked it to, or was stuck and had to be killed. `worker` is its name, used once."""
+
+    worker: str
+    node: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Straggler:
+    """A worker that has long been slower than its peers. `score`: how fast it computes beside them, 1 is as fast; two digits."""
+
+    worker: str
+    node: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunReport:
     """What a driver says of its run, again and again. `max_groups` is what it wants now; 0: it leaves, and what it still has goes.
 
@@ -318,6 +338,9 @@ class RunReport:
     groups: tuple[Group, ...] = ()
     settled: frozenset[str] = frozenset()
     account: Account | None = None
+    deaths: tuple[WorkerDeath, ...] = ()
+    """The last ones, for as long as the driver lives."""
+    stragglers: tuple[Straggler, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ _NUM_READERS = 8
 _PINS = ("dataset", "base", "base_digest")
 _ACCOUNT = ("started_at", "wall_s", "goodput", "useful_s", "rest", "quorum_changes", "recomputed_steps")
 _LIVE = ("quorum", "is_stepping", "stopping", "step", "incarnation", "committed", "wanted_groups", "groups")
-_WORKER = ("group", "rank_in_group", "rank", "node_ip", "pid", "phase", "step")
+_WORKER = ("group", "rank_in_group", "rank", "node_ip", "pid", "phase", "step", "score")
 _SCRIPT = ("script", "arguments", "sha256", "device", "torch")
 _SHA256S = ("weights_sha256", "optimizer_sha256", "history_sha256")
 _RESULT = ("samples", "first_loss", "last_loss", "held_out_loss_before", "held_out_loss_after", "published", *_SHA256S)
@@ -384,10 +384,11 @@ def _live_lines(live: Facts) -> list[str]:
     doing = "stopping" if live["stopping"] else "taking steps" if live["is_stepping"] else "not taking steps"
     quorum = f"{live['quorum']}, {doing}" if live["quorum"] else "none yet"
     groups = ", ".join(map(str, live["groups"])) or "none"
-    rows: list[tuple[str, ...]] = [("GROUP", "RANK", "NODE", "PID", "PHASE", "STEP")]
+    rows: list[tuple[str, ...]] = [("GROUP", "RANK", "NODE", "PID", "PHASE", "STEP", "SCORE")]
     for worker in live["workers"]:
         keys = ("group", "rank", "node_ip", "pid", "phase", "step")
-        rows.append(tuple("-" if worker[key] is None else str(worker[key]) for key in keys))
+        score = "-" if worker["score"] is None else f"{worker['score']:.2f}"
+        rows.append((*("-" if worker[key] is None else str(worker[key]) for key in keys), score))
     return [
         f"{'quorum':>16}  {quorum}",
         f"{'replica groups':>16}  {groups} ({_of(len(live['groups']), live['wanted_groups'])} wanted)",

@@ -36,9 +36,9 @@ def faulty_worker(config: Mapping[str, Any]) -> None:
     held = {"step": 0}
     holds = Member.holds
 
-    def note(self: Member, step: int | None, digest: str) -> None:
+    def note(self: Member, step: int | None, digest: str, shard_s: float = 0.0) -> None:
         held["step"] = held["step"] if step is None else step
-        holds(self, step, digest)
+        holds(self, step, digest, shard_s)
 
     Member.holds = note  # type: ignore[method-assign]
     for fault in config["faults"]:

@@ -1,17 +1,19 @@
 """What a coordinator answers to who asks something of its run. Its decisions about quorums are tested in test_quorum.py."""
 
 import asyncio
+import socket
+import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 
 from tidepool.errors import RunError
 from tidepool.messages import Pause, Resize, Stop
 from tidepool.training.coordinator import Beginning, Coordinator, Orders
-from tidepool.training.membership import Report, WorkerId
+from tidepool.training.membership import Process, Report, WorkerId
 from tidepool.training.quorum import Rules
-from tidepool.training.quorum_events import Claimed
+from tidepool.training.quorum_events import Claimed, Probe
 
 T = TypeVar("T")
 
@@ -57,3 +59,36 @@ def test_a_pause_is_not_undone_by_a_stop() -> None:
         return await one.orders(0.0)
 
     assert with_coordinator(use).is_pausing
+
+
+def place(group: int, phase: str = "step", **rest: Any) -> Report:
+    """What a worker on a node of its own reports."""
+    process = Process(100 + group, f"node-{group}", "127.0.0.1", "/library")
+    return Report(WorkerId(group, 0), 2, 1, "127.0.0.1:9", phase=phase, session=1, process=process, **rest)
+
+
+def test_deaths_are_told_by_node_but_not_of_who_was_to_leave_or_has_ended_well() -> None:
+    async def use(one: Coordinator) -> Orders:
+        for group, phase in ((1, "step"), (2, "step"), (3, "gone"), (4, "step")):
+            await one.report(place(group, phase))
+        await one.release((2,))
+        for group in (1, 2, 3):
+            await one.group_ended(group, (0,))
+        await one.group_ended(4)
+        return await one.orders(0.0)
+
+    deaths = with_coordinator(use).deaths
+    assert [(death.worker, death.node) for death in deaths] == [("1/1.0", "node-1")]
+    assert abs(deaths[0].at_s - time.time()) < 60
+
+
+def test_a_process_that_refuses_connections_has_died() -> None:
+    async def use(one: Coordinator) -> Orders:
+        await one.report(place(1))
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            address = f"127.0.0.1:{server.getsockname()[1]}"
+        one._act(Probe(WorkerId(1, 0), address))
+        await one._probes[WorkerId(1, 0)]
+        return await one.orders(0.0)
+
+    assert [death.node for death in with_coordinator(use).deaths] == ["node-1"]

@@ -11,6 +11,7 @@ from tidepool.training.member import Member
 from tidepool.training.membership import Directive, Number, Quorum, Report, WorkerId
 from tidepool.training.process_group import MeetingPoint
 from tidepool.training.quorum import Rules
+from tidepool.training.straggling import WINDOW
 
 WORKER = WorkerId(1, 0)
 WAIT_S = 30
@@ -105,3 +106,18 @@ def test_it_ends_when_it_is_no_longer_wanted() -> None:
     answers.answer = lambda report: Directive(report.sequence, 0, leave=True)
     with member_of(answers) as member:
         assert member.wait_for_quorum() is None
+
+
+def test_it_reports_its_usual_time_for_a_shard_once_it_has_taken_enough_steps() -> None:
+    answers = Answers()
+    answers.answer = with_sequence(member_in())
+    with member_of(answers) as member:
+        member.wait_for_quorum()
+        member.tick("step")
+        for step in range(WINDOW - 1):
+            member.holds(step, "x", float(step))
+        answers.wait_for(len(answers.reports) + 2)
+        assert answers.reports[-1].shard_s == 0.0
+        member.holds(WINDOW, "x", WINDOW - 1.0)
+        answers.wait_for(len(answers.reports) + 2)
+    assert answers.reports[-1].shard_s == (WINDOW - 1) / 2

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from tidepool.errors import RunError
-from tidepool.messages import Pause, Request, Resize, Stop
+from tidepool.messages import Pause, Request, Resize, Stop, Straggler, WorkerDeath
 from tidepool.telemetry.logs import configure_logging
 from tidepool.training.ledger import Ledger
 from tidepool.training.membership import Directive, Quorum, Report, WorkerId
@@ -38,12 +38,15 @@ from tidepool.training.quorum_events import (
     StopAsked,
     Tick,
 )
+from tidepool.training.straggling import Straggling
 
 _logger = logging.getLogger(__name__)
 _TICK_S = 0.05
 _HOLD_S = 0.2
 """How long the report of a worker that waits is kept unanswered, so that a new quorum reaches it at once."""
 _PROBE_TIMEOUT_S = 1.0
+_COMPARE_EVERY_S = 1.0
+_MAX_DEATHS = 100
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class Orders:
     fatal: str | None
     outcome: Outcome | None
     """How the run ended, None while it goes on."""
+    deaths: tuple[WorkerDeath, ...] = ()
+    stragglers: tuple[Straggler, ...] = ()
 
 
 class Coordinator:
@@ -105,6 +110,9 @@ class Coordinator:
         self._condemned: list[Condemned] = []
         self._needs_claim = self._stopping = self._pausing = False
         self._newest_step = 0
+        self._released: set[int] = set()
+        self._deaths: dict[WorkerId, WorkerDeath] = {}
+        self._straggling, self._compared_at = Straggling(), 0.0
         self._accounted: Quorum | None = None
         self._fatal: str | None = None
         self._outcome: Outcome | None = None
@@ -166,7 +174,13 @@ class Coordinator:
             needs_claim=self._needs_claim,
             fatal=self._fatal,
             outcome=self._outcome,
+            deaths=tuple(self._deaths.values()),
+            stragglers=self._stragglers(),
         )
+
+    def _stragglers(self) -> tuple[Straggler, ...]:
+        found = ((self._reports[worker], score) for worker, score in self._straggling.stragglers.items() if worker in self._reports)
+        return tuple(Straggler(str(one.worker), one.process.node_id, round(score, 2)) for one, score in found if one.process)
 
     def _members(self) -> frozenset[int]:
         quorum = self._machine.current if self._machine.is_active else None
@@ -181,9 +195,14 @@ class Coordinator:
         self._handle(DriverSeen(heard_at))
         return time.monotonic()
 
-    async def group_ended(self, group: int) -> tuple[int, str]:
-        """A replica group is no more; returns the step that it held last, and the quorum that it entered last ("" if none)."""
+    async def group_ended(self, group: int, failed: tuple[int, ...] = ()) -> tuple[int, str]:
+        """A replica group is no more; returns the step that it held last, and the quorum that it entered last ("" if none).
+
+        `failed` are the ranks of its workers that brought it about.
+        """
         reports = [report for worker, report in self._reports.items() if worker.group == group]
+        for rank in failed:
+            self._note_death(WorkerId(group, rank))
         self._handle(GroupEnded(group))
         entered = max((report.quorum.number for report in reports if report.quorum), default=None)
         return max((report.step or 0 for report in reports), default=0), str(entered) if entered else ""
@@ -195,7 +214,19 @@ class Coordinator:
 
     async def release(self, groups: tuple[int, ...]) -> None:
         """Let these groups leave at the next step boundary."""
+        self._released |= set(groups)
         self._handle(Release(groups))
+
+    def _note_death(self, worker: WorkerId) -> None:
+        """A worker died or had to be killed, on a node that the pool should look at if that happens there again."""
+        report = self._reports.get(worker)
+        is_asked_to = self._stopping or self._outcome is not None or worker.group in self._released
+        if worker in self._deaths or is_asked_to or report is None or report.process is None or report.phase == "gone":
+            return
+        name = f"{self._beginning.session}/{worker}"
+        self._deaths[worker] = WorkerDeath(name, report.process.node_id, time.time())
+        if len(self._deaths) > _MAX_DEATHS:
+            del self._deaths[next(iter(self._deaths))]
 
     # --- Whoever asks -------------------------------------------------------------------------------------------------
 
@@ -250,6 +281,7 @@ class Coordinator:
             "rank": rank,
             "phase": report.phase,
             "step": report.step or 0,
+            "score": self._straggling.scores.get(report.worker),
             "quorum": entered,
             **process,
         }
@@ -283,6 +315,7 @@ class Coordinator:
                 report = self._reports.get(worker)
                 if report is not None and report.process is not None:
                     self._condemned.append(Condemned(worker, report.process.pid, report.process.node_id, why))
+                    self._note_death(worker)
             case ClaimNeeded():
                 self._needs_claim = True
             case Fatal(message):
@@ -296,6 +329,14 @@ class Coordinator:
         while True:
             await asyncio.sleep(_TICK_S)
             self._handle(Tick())
+            self._compare()
+
+    def _compare(self) -> None:
+        """Find out who is slower than the others of the quorum."""
+        now, quorum = time.monotonic(), self._machine.current
+        if now - self._compared_at >= _COMPARE_EVERY_S and quorum is not None and self._machine.is_active:
+            self._compared_at = now
+            self._straggling.note([self._reports[worker] for worker in quorum.workers if worker in self._reports], now)
 
     async def _probe(self, worker: WorkerId, address: str) -> None:
         """Find out whether a process is dead: only then does its node refuse the connection."""
@@ -303,6 +344,7 @@ class Coordinator:
         try:
             _, writer = await asyncio.wait_for(asyncio.open_connection(host, int(port)), _PROBE_TIMEOUT_S)
         except ConnectionRefusedError:
+            self._note_death(worker)
             self._handle(Refused(worker))
         except (OSError, TimeoutError):
             pass  # no proof of anything: the lease decides

@@ -27,12 +27,12 @@ import tidepool
 from tidepool.checkpoint import Incarnation, RunLog, claim_incarnation, read_manifest
 from tidepool.cluster_address import listens
 from tidepool.errors import ClusterError, CorruptCheckpointError, RunError, SpecError, StoreError
-from tidepool.messages import NAMESPACE, Group, Pause, Resize, RunReport, Standing, Stop
+from tidepool.messages import NAMESPACE, Group, Pause, Resize, RunReport, Standing, Stop, WorkerDeath
 from tidepool.run_queue import Ending, is_final, note_done, note_wanted, read_priority, submission_id
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
 from tidepool.training.coordinator import Beginning, Coordinator, Orders
-from tidepool.training.membership import coordinator_name
+from tidepool.training.membership import WorkerId, coordinator_name
 from tidepool.training.outcome import Outcome, read_result
 from tidepool.training.pauses import note_paused, note_resumed
 from tidepool.training.pins import read_pins
@@ -63,6 +63,7 @@ _LEAVE_TIMEOUT_S = 10
 _PLACE_TIMEOUT_S = 180
 """How long a group above the minimum may wait for its place."""
 _BACK_OFF_S = 60
+_MAX_DEATHS = 100
 
 
 def train(spec: RunSpec, worker: WorkerFunction = train_worker) -> Outcome:
@@ -104,6 +105,7 @@ class _Run:
         self._session, self._epoch = self._claimed.number, 0
         self._begin()
         self._failures: list[Failure] = []
+        self._deaths: dict[str, WorkerDeath] = {}
         self._grows_after = 0.0
         self._stop_asked = self._is_pausing = self._entered_quorum = False
         self._drained_at = 0.0
@@ -177,6 +179,7 @@ class _Run:
     def _resize(self, orders: Orders) -> None:
         self._num_groups = orders.num_groups
         self._groups.note_come(orders.heard)
+        self._deaths |= {death.worker: death for death in orders.deaths}
         standing = self._pool.exchange(self._report_now(orders))
         if self._stop_asked:
             return
@@ -199,6 +202,8 @@ class _Run:
             max_groups=0 if self._stop_asked else wanted,
             groups=tuple(Group(group.grant, group.places, group.started_s, group.is_leaving) for group in running),
             settled=frozenset(group.grant for group in running if group.number not in pending),
+            deaths=tuple(self._deaths.values())[-_MAX_DEATHS:],
+            stragglers=orders.stragglers,
         )
 
     def _let_leave(self, orders: Orders, standing: Standing | None) -> None:
@@ -241,7 +246,10 @@ class _Run:
 
     def _note_end(self, ended: Ended, orders: Orders) -> Outcome | None:
         """Take the end of a group in; returns the run's outcome if that is why. Raises what the run ends with."""
-        step, attempt = ray.get(self._coordinator.group_ended.remote(ended.number))
+        step, attempt = ray.get(self._coordinator.group_ended.remote(ended.number, ended.failed))
+        if len(ended.places) == 1:  # the coordinator tells of workers that have come; here is known where any would have been
+            names = {f"{self._session}/{WorkerId(ended.number, rank)}" for rank in ended.failed}
+            self._deaths = {name: WorkerDeath(name, ended.places[0][0], time.time()) for name in names} | self._deaths
         if ended.error is None:
             result = read_result(self._store, self._spec.run)
             return Outcome(True, result["steps"], result) if result else None

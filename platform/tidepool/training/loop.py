@@ -37,6 +37,7 @@ from tidepool.training.optimizer import build_optimizer, gradient_norm, learning
 from tidepool.training.prefetch import Prefetch
 from tidepool.training.reduction import REDUCTIONS
 from tidepool.training.sample_record import SampleRecord, samples_digest
+from tidepool.training.shard_clock import ShardClock
 from tidepool.training.sharding import owned_shards
 from tidepool.training.state import History, Tensors, capture, install, prepare_moments, trained_parameters
 from tidepool.training.transfer import share_numbers, share_tensors
@@ -95,6 +96,7 @@ class StepLoop:
         prepare_moments(self._parameters, self._optimizer)
         self._data = Prefetch(self._read, self.spec.training.shard_size * self.train.sample_bytes)
         self.record = SampleRecord()
+        self._clock = ShardClock(self.device)
         self.is_initial = True
         """Nothing has changed the state since the model was built."""
 
@@ -146,10 +148,10 @@ class StepLoop:
         self.is_whole = self.is_initial = False
         self.watch.holds(None, "")
 
-    def _is_now_whole(self) -> None:
+    def _is_now_whole(self, shard_s: float = 0.0) -> None:
         self.is_whole = True
         losses, norms = self.history.losses, self.history.gradient_norms
-        self.watch.holds(self.step, f"{losses[-1].hex()} {norms[-1].hex()}" if losses else "")
+        self.watch.holds(self.step, f"{losses[-1].hex()} {norms[-1].hex()}" if losses else "", shard_s)
 
     # --- Steps --------------------------------------------------------------------------------------------------------
 
@@ -249,7 +251,7 @@ class StepLoop:
         self.history.losses.append(loss)
         self.history.gradient_norms.append(norm)
         self.record.note(self.step, [int(digest) for digest in digests_S.tolist()], self.watch.committed_step())
-        self._is_now_whole()
+        self._is_now_whole(self._clock.take())
 
     def _compute(self, shard: int, stats_S3: torch.Tensor) -> None:
         """Add the gradient of one shard's summed loss to the parameters' `.grad`; note the sum, its targets, and what was read."""
@@ -259,12 +261,13 @@ class StepLoop:
         _seed(self.device, derived_seed(self.spec.seed, self.step, shard))
         samples, digest = self._data.take(self.step, shard)
         stats_S3[shard, 2] = digest
-        for batch in cut_batches(samples, training.micro_batch_size, self.device):
-            with precision(self.dtype, self.device):
-                loss = loss_sum(self.model, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            stats_S3[shard, 0] += loss.detach().double()
-            stats_S3[shard, 1] += batch.targets_NT.sum()
+        with self._clock.measure():
+            for batch in cut_batches(samples, training.micro_batch_size, self.device):
+                with precision(self.dtype, self.device):
+                    loss = loss_sum(self.model, batch)
+                loss.backward()  # type: ignore[no-untyped-call]
+                stats_S3[shard, 0] += loss.detach().double()
+                stats_S3[shard, 1] += batch.targets_NT.sum()
 
     def _read(self, step: int, shard: int) -> tuple[Samples, int]:
         numbers = shard_samples(step, shard, self.spec.training, self.spec.seed, self.train.layout)

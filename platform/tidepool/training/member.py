@@ -25,6 +25,7 @@ from tidepool.training.group import Group, LocalGroup, QuorumLost
 from tidepool.training.membership import NONE, Committed, Directive, Number, Quorum, Report, WorkerId
 from tidepool.training.process_group import MeetingPoint
 from tidepool.training.quorum import Rules
+from tidepool.training.straggling import WINDOW
 from tidepool.training.watch import Watch, Wishes
 
 _logger = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class Alone:
     def tick(self, phase: str) -> None:
         self._stop = self._beat(self._step, phase) or self._stop
 
-    def holds(self, step: int | None, digest: str) -> None:
+    def holds(self, step: int | None, digest: str, shard_s: float = 0.0) -> None:
         self._step = self._step if step is None else step
 
     def check(self) -> None:
@@ -115,6 +116,7 @@ class Member:
         self._answered_at = 0.0
         self._phase_since = self._step_at = time.monotonic()
         self._durations_s: deque[float] = deque(maxlen=50)
+        self._shards_s: deque[float] = deque(maxlen=WINDOW)
         self._wake = threading.Event()
         self._is_closing = False
         self._thread = threading.Thread(target=self._report_on, name="member", daemon=True)
@@ -146,7 +148,7 @@ class Member:
             if last not in ("step", "exchange"):
                 self._step_at = now
 
-    def holds(self, step: int | None, digest: str) -> None:
+    def holds(self, step: int | None, digest: str, shard_s: float = 0.0) -> None:
         now = time.monotonic()
         with self._changed:
             self._report = replace(self._report, step=step, digest=digest)
@@ -154,7 +156,10 @@ class Member:
                 return
             self._durations_s.append(now - self._step_at)
             self._step_at = now
-            self._report = replace(self._report, num_steps=self._report.num_steps + 1, step_s=statistics.median(self._durations_s))
+            self._shards_s.append(shard_s)
+            usual_s = statistics.median(self._shards_s) if len(self._shards_s) == WINDOW else 0.0
+            num_steps, step_s = self._report.num_steps + 1, statistics.median(self._durations_s)
+            self._report = replace(self._report, num_steps=num_steps, step_s=step_s, shard_s=usual_s)
 
     def note_lost(self, reason: str) -> None:
         with self._changed:

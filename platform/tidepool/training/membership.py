@@ -115,6 +115,8 @@ class Report:
     """Steps that this process has completed."""
     step_s: float = 0.0
     """The median time of the last of them."""
+    shard_s: float = 0.0
+    """The median time that computing one shard took this worker itself (see `straggling`), 0 while it has taken too few steps."""
     session: int = 0
     """The incarnation that the worker's driver began with: a worker of an earlier driver is not this one's."""
     process: Process | None = None

@@ -44,8 +44,8 @@ class Launcher:
         self._versions = versions
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # the driver looks for nodes that are about to go
 
-    def fit(self, worker: WorkerFunction, task: Task, group: int, places: Places) -> tuple[Exception, str] | None:
-        """Run one replica group, there, to its end; returns its error with a traceback, None if it ended well."""
+    def fit(self, worker: WorkerFunction, task: Task, group: int, places: Places) -> tuple[Exception, str, tuple[int, ...]] | None:
+        """Run one replica group, there, to its end; returns its error with a traceback and the ranks at fault, None if it ended well."""
         from ray.train import FailureConfig, RunConfig, ScalingConfig  # here: the driver of a run does without Ray Train
         from ray.train.v2.api.exceptions import TrainingFailedError
 
@@ -92,11 +92,16 @@ class ReplicaGroup:
 
 @dataclass(frozen=True)
 class Ended:
-    """A group that is no more, and the error of its workers with a traceback, if that is why."""
+    """A group that is no more, and the error of its workers with a traceback, if that is why.
+
+    `failed` are the ranks of those that died of what may be their node's fault.
+    """
 
     number: int
     error: Exception | None
     detail: str
+    failed: tuple[int, ...] = ()
+    places: Places = ()
 
 
 class ReplicaGroups:
@@ -137,9 +142,12 @@ class ReplicaGroups:
         try:
             failed = ray.get(group.fit)
         except ray.exceptions.RayActorError as error:
-            failed = RuntimeError(f"the launcher of group {group.number} died"), str(error)
+            failed = RuntimeError(f"the launcher of group {group.number} died"), str(error), ()
         self.end(group.number)
-        return Ended(group.number, failed[0] if failed else None, failed[1] if failed else "")
+        if not failed:
+            return Ended(group.number, None, "")
+        cause, detail, ranks = failed
+        return Ended(group.number, cause, detail, () if group.is_leaving else ranks, group.places)
 
     def note_come(self, heard: Iterable[int]) -> None:
         """Workers of these groups have reported. It stays noted: a coordinator that was started again has heard nobody yet."""
@@ -185,13 +193,17 @@ def _resources(workers: WorkersSpec) -> dict[str, float]:
     return {"CPU": workers.cpus_per_worker} | ({"GPU": workers.gpus_per_worker} if workers.gpus_per_worker else {})
 
 
-def _cause(error: Exception) -> tuple[Exception, str]:
-    """What made a `fit()` fail: of a worker group an error of ours if any worker has one, else the first worker's."""
-    causes = list(getattr(error, "worker_failures", {}).values()) or [error]
+def _cause(error: Exception) -> tuple[Exception, str, tuple[int, ...]]:
+    """What made a `fit()` fail: of a worker group an error of ours if any worker has one, else the first worker's.
+
+    With it the ranks of the workers that failed; none where the error is ours, since a person must act on that wherever it is.
+    """
+    failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
+    causes = list(failures.values()) or [error]
     own = next((ours for cause in causes if (ours := _own_error(cause)) is not None), None)
     detail = "".join(traceback.format_exception(causes[0]))
     # Other exceptions may not survive pickling on the way to the driver: their type's name and text do.
-    return own or RuntimeError(f"{type(causes[0]).__name__}: {causes[0]}"), detail
+    return own or RuntimeError(f"{type(causes[0]).__name__}: {causes[0]}"), detail, () if own else tuple(failures)
 
 
 def _own_error(error: BaseException | None) -> TidepoolError | None:

@@ -23,8 +23,11 @@ class Watch(Protocol):
         """The main thread has done one thing and begins another, in this phase (see `membership.Report`)."""
         ...
 
-    def holds(self, step: int | None, digest: str) -> None:
-        """The state is whole, after so many steps; None while it is torn. `digest` is that of the step's loss and gradient norm."""
+    def holds(self, step: int | None, digest: str, shard_s: float = 0.0) -> None:
+        """The state is whole, after so many steps; None while it is torn. `digest` is that of the step's loss and gradient norm.
+
+        `shard_s` are the seconds that this worker took to compute one shard of that step, 0 if it computed none.
+        """
         ...
 
     def check(self) -> None:
