@@ -122,6 +122,12 @@ def _check_notice(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
     assert decision.deadline_s == node.leaves_at_s
 
 
+def _check_quarantine(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
+    node = next(node for node in seen.now.nodes if node.name == facts["node"])
+    assert facts["why"] == node.quarantine != ""
+    assert decision.deadline_s == node.leaves_at_s
+
+
 def _check_gone(seen: Seen, decision: Any, facts: dict[str, Any]) -> None:
     assert facts["node"] not in {node.name for node in seen.now.nodes}
     group = next(g for g in _run(seen.now, decision.run).groups if g.name == decision.group)

@@ -38,6 +38,9 @@ def _must_leave(state: Round, names: list[str]) -> tuple[Reason, float | None] |
     if not notices:
         return None
     leaves_at_s, name = min(notices)
+    node = state.snapshot.nodes[state.room.number_of[name]]
+    if node.quarantine:
+        return reason("quarantine", node=name, why=node.quarantine), leaves_at_s
     if state.now_s < leaves_at_s - state.rules.vacate_s:
         return None
     return reason("notice", node=name, left_s=leaves_at_s - state.now_s, vacate_s=state.rules.vacate_s), leaves_at_s

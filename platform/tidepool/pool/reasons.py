@@ -15,6 +15,7 @@ _WORDS = {
     # a group or replica is asked back
     "notice": "node {node} leaves in {left_s:.0f} s; vacating it takes up to {vacate_s:.0f} s",
     "gone": "node {node} is not there any more",
+    "quarantine": "node {node} is in quarantine: {why}",
     "shrink": "{claimant} needs room; from {held} to {smaller} groups (its min is {min}) {run} loses {slowdown:.0%} of its speed",
     "rebalance": "{claimant} gains {gain:.4f} per GPU in weighted log speed, at least {ratio:g} times what {run} loses ({cost:.4f}) "
     "by going from {held} to {smaller} groups (its min is {min})",
