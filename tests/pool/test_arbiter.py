@@ -13,6 +13,22 @@ from tidepool.pool.arbiter import Arbiter
 _TIMEOUT_S = 30.0
 
 
+class NoInspector:
+    """Finds every node well, at once."""
+
+    def __init__(self, rules: object) -> None:
+        """Goes by no rules."""
+
+    def step(self, view: ClusterView, used: frozenset[str], reports: object, now_s: float) -> None:
+        """Nothing to inspect."""
+
+    def quarantined(self) -> dict[str, str]:
+        return {}
+
+    def unchecked(self) -> frozenset[str]:
+        return frozenset()
+
+
 def report(run: str, **rest: Any) -> RunReport:
     values = {"session": 1, "store": "file:///s", "project": "p", "tier": "standard", "priority": 0, "min_groups": 1, "max_groups": 2}
     values |= {"shards": 4, "workers_per_group": 1, "worker": Resources(1, 1)}
@@ -24,6 +40,7 @@ def views(monkeypatch: pytest.MonkeyPatch) -> list[ClusterView]:
     """What the cluster says: the last one of the list."""
     views = [ClusterView((Node("n0", "H100", 2, 8),), {"n0": Resources(2, 8)})]
     monkeypatch.setattr(arbiter, "read_cluster", lambda: views[-1])
+    monkeypatch.setattr(arbiter, "Inspector", NoInspector)
     return views
 
 

@@ -14,10 +14,12 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from tidepool.messages import Resources, RunReport, Standing
+from tidepool.messages import ClusterView, Resources, RunReport, Standing
 from tidepool.pool.books import Books
 from tidepool.pool.cluster import read_cluster
 from tidepool.pool.desk import Desk, Wish, deployment_name
+from tidepool.pool.health import Rules as HealthRules
+from tidepool.pool.inspection import Inspector
 from tidepool.pool.ray_jobs import RayJobs
 from tidepool.pool.recording import snapshot_to_json
 from tidepool.pool.rules import Rules
@@ -35,10 +37,11 @@ _PAUSE_S = 0.05
 class Arbiter:
     """Runs in one event loop. Every method is short, but those that wait for something new."""
 
-    def __init__(self) -> None:
+    def __init__(self, health: HealthRules | None = None) -> None:
         configure_logging()
         self._desk = Desk(Rules(), secrets.token_hex(4), time.time())
         self._books = Books(RayJobs())
+        self._inspector, self._is_inspected = Inspector(health), False
         self._news = asyncio.Event()
         """Something was said that may change what is decided."""
         self._changed = asyncio.Event()
@@ -132,6 +135,9 @@ class Arbiter:
         except RayError as error:  # the head is busy or away: what was seen last counts
             _logger.warning("Ray does not say how the cluster is: %r", error)
         else:
+            if not self._is_inspected:
+                self._desk.see_cluster(view, time.time())
+            await self._inspect(view)  # before the desk sees a node that has joined
             self._desk.see_cluster(view, time.time())
             self._news.set()
         await asyncio.sleep(_LOOK_EVERY_S)
@@ -149,11 +155,18 @@ class Arbiter:
                 self._news.set()
         await asyncio.sleep(_BOOKS_EVERY_S)
 
+    async def _inspect(self, view: ClusterView) -> None:
+        """Have the nodes checked that are to be, once it is known who uses which."""
+        if self._desk.is_ready(time.time()):
+            await asyncio.to_thread(self._inspector.step, view, self._desk.used_nodes, self._desk.reports, time.time())
+            self._desk.quarantined, self._desk.unchecked = self._inspector.quarantined(), self._inspector.unchecked()
+            self._is_inspected = True
+
     async def _decide(self) -> None:
         """Decide when there is news, and tell who waits."""
         await self._news.wait()
         self._news.clear()
-        if self._desk.decide(time.time()):
+        if self._is_inspected and self._desk.decide(time.time()):
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
         await asyncio.sleep(_PAUSE_S)

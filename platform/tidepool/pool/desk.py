@@ -38,6 +38,7 @@ from tidepool.messages import (
     StartReplica,
     Wait,
 )
+from tidepool.pool.admission import held_back, without_quarantined
 from tidepool.pool.bookkeeping import change, count_on, new_account
 from tidepool.pool.policy import decide
 from tidepool.pool.rules import Rules
@@ -106,6 +107,8 @@ class Desk:
         self.reservations: tuple[Reservation, ...] = ()
         self.quarantined: Mapping[str, str] = {}
         """Why nobody is to be on these nodes."""
+        self.unchecked: frozenset[str] = frozenset()
+        """Nodes that have joined and that nobody is to come to before their check."""
         self._plan = Plan()
         self._allowed: dict[str, int] = {}
         self.snapshot = Snapshot(now_s, ())
@@ -270,15 +273,10 @@ class Desk:
                 continue
             for group in known.groups:  # of a run that leaves: nobody's yet
                 _add(taken, group.places, known.report.worker)
-        nodes = tuple(self._node(node, taken.get(node.name), now_s) for node in self._view.nodes)
-        return Snapshot(now_s, nodes, self._deployments(), tuple(runs), self.reservations, self.quotas, self._view.templates)
-
-    def _node(self, node: Node, taken: Resources | None, now_s: float) -> Node:
-        if node.name in self.quarantined:
-            node = replace(node, leaves_at_s=now_s)
-        if taken is None:
-            return node
-        return replace(node, gpus=max(0, node.gpus - taken.gpus), cpus=max(0, node.cpus - taken.cpus))
+        nodes, starting = held_back(without_quarantined(self._view.nodes, self.quarantined, now_s), self.unchecked)
+        nodes = tuple(_rest_of(node, taken.get(node.name)) for node in nodes)
+        templates = (*self._view.templates, *starting)
+        return Snapshot(now_s, nodes, self._deployments(), tuple(runs), self.reservations, self.quotas, templates)
 
     def _deployments(self) -> tuple[Deployment, ...]:
         actors: dict[str, list[ReplicaActor]] = {}
@@ -351,6 +349,13 @@ def others(view: ClusterView, runs: Iterable[_Known], before: Mapping[str, Resou
         gpus = min(max(known_before.gpus, least.gpus), most.gpus)
         found[node.name] = Resources(gpus, min(max(known_before.cpus, least.cpus), most.cpus))
     return found
+
+
+def _rest_of(node: Node, taken: Resources | None) -> Node:
+    """The node without what others hold of it."""
+    if taken is None:
+        return node
+    return replace(node, gpus=max(0, node.gpus - taken.gpus), cpus=max(0, node.cpus - taken.cpus))
 
 
 def _left(node: Node, free: Resources, held: Resources) -> Resources:

@@ -1,0 +1,182 @@
+"""Nodes that make runs suffer: a worker that is throttled, one that dies again and again. On a real cluster with its arbiter.
+
+The second node is quarantined, vacated, checked again and used again; the run goes on elsewhere, with the bits of one that was left alone.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from tests.training.conftest import make_run, prepare_dataset, publish_base, train_here
+from tests.training.jobs import Job, Status, bits
+from tests.training.nodes import ADDRESS, second_node
+from tidepool.local_cluster import LocalCluster
+from tidepool.messages import ARBITER, NAMESPACE
+from tidepool.pool.arbiter import Arbiter
+from tidepool.pool.health import Rules
+from tidepool.storage import ObjectStore, open_store
+
+pytestmark = [pytest.mark.elastic, pytest.mark.chaos]
+TIMEOUT_S = 280
+STEPS = 600
+GATE: dict[str, Any] = {"function": "tidepool.training.loop:StepLoop._compute", "step": STEPS - 50, "do": "wait", "always": True}
+TRAINING = {"steps": STEPS, "num_shards": 6, "global_batch_size": 12, "evaluate_every_steps": 300}
+HOLD_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def store(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> ObjectStore:
+    folder = tmp_path_factory.mktemp("prepared")
+    publish_base(cluster.store_url, prepare_dataset(cluster.store_url, folder), folder)
+    return open_store(cluster.store_url)
+
+
+@pytest.fixture
+def arbiter(cluster: LocalCluster) -> Iterator[Any]:  # noqa: ARG001 - it is there
+    """An arbiter whose quarantines are short."""
+    _end_arbiter()
+    options = {"name": ARBITER, "namespace": NAMESPACE, "lifetime": "detached"}
+    yield ray.remote(num_cpus=0, max_restarts=-1)(Arbiter).options(**options).remote(Rules(hold_s=HOLD_S, idle_s=2.0))
+    _end_arbiter()
+
+
+def _end_arbiter() -> None:
+    try:
+        ray.kill(ray.get_actor(ARBITER, NAMESPACE))
+    except ValueError:
+        return  # there is none
+    deadline = time.monotonic() + TIMEOUT_S
+    while any(actor["name"] == ARBITER for actor in ray.util.list_named_actors(all_namespaces=True)):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def start(cluster: LocalCluster, store: ObjectStore, tmp_path: Path) -> Iterator[Callable[[str], Job]]:
+    """Starts a run whose groups take two CPUs each: two fit on the head, and one on the second node."""
+    jobs: list[Job] = []
+
+    def start(run: str) -> Job:
+        jobs.append(Job(cluster, a_run(store, run), tmp_path, faults=[dict(GATE)]))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        if job.process.poll() is None:
+            job.process.kill()
+            job.process.wait()
+
+
+def a_run(store: ObjectStore, run: str) -> Any:
+    rest: dict[str, Any] = {"elastic": {"min": 1, "max": 3}, "workers": {"cpus_per_worker": 2}}
+    return make_run(store.url, run, training=TRAINING, checkpoint={"every_steps": 100, "keep": 3, "max_lag_s": 300}, **rest)
+
+
+def second_id() -> str:
+    [node] = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeManagerAddress"] == ADDRESS]
+    return str(node)
+
+
+def wait_until(condition: Callable[[], bool], job: Job) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while not condition():
+        assert job.process.poll() is None, job.output
+        assert time.monotonic() < deadline, job.output
+        time.sleep(0.1)
+
+
+def quarantine(arbiter: Any) -> dict[str, str]:
+    """Why nodes are in quarantine, as the arbiter decided on it last."""
+    nodes = ray.get(arbiter.snapshot.remote())["nodes"]
+    return {node["name"]: node["quarantine"] for node in nodes if node.get("quarantine")}
+
+
+def on_second(node: str, size: int = 3) -> Callable[[Status], bool]:
+    """Whether so many workers take steps, and one of them on that node."""
+
+    def check(status: Status) -> bool:
+        members = [worker for worker in status["workers"] if worker["rank"] is not None]
+        is_there = any(worker["node_id"] == node for worker in members)
+        return status["is_stepping"] and len(members) == size and is_there and min(worker["step"] for worker in members) > 0
+
+    return check
+
+
+def worker_on(status: Status, node: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(worker for worker in status["workers"] if worker["rank"] is not None and worker["node_id"] == node)
+    return found
+
+
+@contextmanager
+def throttled(pid: int) -> Iterator[None]:
+    """A process that gets a fifth of its time."""
+    over = threading.Event()
+
+    def throttle() -> None:
+        process = psutil.Process(pid)
+        try:
+            while not over.is_set():
+                process.suspend()
+                over.wait(0.04)
+                process.resume()
+                over.wait(0.01)
+        except psutil.NoSuchProcess:
+            return  # its group has left
+
+    thread = threading.Thread(target=throttle)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_the_node_of_a_throttled_worker_is_vacated_and_comes_back(
+    cluster: LocalCluster, store: ObjectStore, arbiter: Any, start: Callable[[str], Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDEPOOL_CACHE", str(tmp_path / "cache"))
+    alone = train_here(a_run(store, "health-alone")).result
+    assert alone is not None
+    with second_node(cluster, num_cpus=2):
+        node = second_id()
+        job = start("health-straggler")
+        status = job.wait_for_status(on_second(node))
+        assert quarantine(arbiter) == {}
+        group = worker_on(status, node)["group"]
+        with throttled(worker_on(status, node)["pid"]):
+            job.wait_for_status(lambda status: (worker_on(status, node)["score"] or 1.0) < 0.7)
+            wait_until(lambda: node in quarantine(arbiter), job)
+            assert f"worker {group}.0 of run health-straggler has long computed at 0." in quarantine(arbiter)[node]
+            step = job.wait_for_status(lambda status: not any(worker["node_id"] == node for worker in status["workers"]))["step"]
+        job.wait_for_status(lambda status: status["step"] > step and status["is_stepping"])
+        wait_until(lambda: node not in quarantine(arbiter), job)
+        job.wait_for_status(on_second(node))
+        job.open_gate(STEPS - 50)
+        assert bits(job.result(store)) == bits(dict(alone))
+        assert "is in quarantine: worker" in job.output
+
+
+def test_a_node_where_workers_die_again_and_again_is_vacated(cluster: LocalCluster, arbiter: Any, start: Callable[[str], Job]) -> None:
+    with second_node(cluster, num_cpus=2):
+        node = second_id()
+        job = start("health-deaths")
+        killed: set[int] = set()
+        for _ in range(3):
+            assert node not in quarantine(arbiter)
+            status = job.wait_for_status(lambda status: on_second(node)(status) and worker_on(status, node)["pid"] not in killed)
+            killed.add(worker_on(status, node)["pid"])
+            os.kill(worker_on(status, node)["pid"], signal.SIGKILL)
+        wait_until(lambda: quarantine(arbiter).get(node) == "3 worker processes died on it within 60 minutes", job)
+        job.wait_for_status(lambda status: status["is_stepping"] and not any(worker["node_id"] == node for worker in status["workers"]))
+        job.open_gate(STEPS - 50)
+        assert job.wait() == 0, job.output
