@@ -99,10 +99,10 @@ class Inspector:
 
 
 def _taken(view: ClusterView) -> frozenset[str]:
-    """The nodes of which Ray has given anything to anybody, be it one that the pool knows nothing of."""
-    replicas = {replica.node for replica in view.replicas if replica.node}
+    """The nodes of which Ray has given anything to anybody, be it one that the pool knows nothing of; and those that leave."""
+    taken = {replica.node for replica in view.replicas if replica.node} | {node.name for node in view.nodes if node.leaves_at_s is not None}
     free = ((node, view.free.get(node.name)) for node in view.nodes)
-    return frozenset(replicas | {node.name for node, left in free if left and (left.gpus < node.gpus or left.cpus < node.cpus)})
+    return frozenset(taken | {node.name for node, left in free if left and (left.gpus < node.gpus or left.cpus < node.cpus)})
 
 
 def _remembered(rules: Rules | None) -> Health:
