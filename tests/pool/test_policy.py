@@ -423,6 +423,7 @@ def test_serving_launches_what_it_cannot_get() -> None:
 def test_nothing_is_launched_for_growth() -> None:
     assert lines(decide(pool(run("r", 1, 8, {"n0": 0.0}), on=nodes(1), templates=spot_nodes(9)), SHORT)) == []
 
+
 NO_GPUS = (Node("c0", "cpu", 0, 4),)
 
 

@@ -142,7 +142,7 @@ def _templates(autoscaler: Autoscaler, nodes: Iterable[Node], now_s: float) -> t
     for name, node_type in types.items():
         resources, labels = node_type.get("resources") or {}, node_type.get("labels") or {}
         whole = _whole(resources)
-        available = min(node_type.get("max_workers", 0) - up[name] - launching.get(name, 0), left)
+        available = min(node_type.get("max_workers", config.get("max_workers", 0)) - up[name] - launching.get(name, 0), left)
         has_capacity = now_s - autoscaler.failed.get(name, 0.0) >= _NO_CAPACITY_S
         found.append(
             Template(
