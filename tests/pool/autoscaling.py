@@ -82,5 +82,3 @@ def autoscaling_cluster(store_url: str, node_types: Mapping[str, Any], idle_s: f
     finally:
         local_cluster.stop(cluster)
         process.wait()
-
-
