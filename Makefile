@@ -7,7 +7,7 @@ LM_EVAL := .tidepool/lm-eval
 export PYTHONPATH := $(CURDIR):$(CURDIR)/platform
 export TIDEPOOL_STORE ?= file://$(CURDIR)/.tidepool/demo/store
 
-.PHONY: setup demo test test-s3 test-elastic test-slow test-unit lint up down models lock clean
+.PHONY: setup demo test test-s3 test-elastic test-autoscaling test-slow test-unit lint up down models lock clean
 
 setup: $(VENV)/.complete
 
@@ -42,6 +42,10 @@ test-s3: setup
 # Replica groups that die, hang, come and go: real signals on a Ray cluster of the session's own. ELASTIC='-k "killed or paused"': some.
 test-elastic: setup
 	@$(BIN)/python -m pytest --elastic tests/training/test_elastic_cluster.py $(ELASTIC)
+
+# Nodes that come and go: Ray's autoscaler on a cluster of this machine, real runs and real traffic.
+test-autoscaling: setup
+	@$(BIN)/python -m pytest --autoscaling tests/pool/test_autoscaling_cluster.py
 
 test-unit: setup
 	@$(BIN)/python -m pytest -m "not cluster and not slow"

@@ -28,12 +28,14 @@ settings.load_profile("tidepool")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--elastic", action="store_true", help="run the tests marked elastic too, which take minutes each on a busy machine")
+    parser.addoption("--autoscaling", action="store_true", help="run the tests on a cluster that Ray's autoscaler grows and shrinks too")
     parser.addoption("--s3", choices=["moto", "ceph"], default="moto", help="the S3 server of the tests; ceph is a real one and needs root")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the tests out that need a real Ceph, where there is none, and those of a suite apart, unless it is asked for."""
-    left_out = {name for name, is_wanted in {"ceph": is_ceph(config), "elastic": config.getoption("--elastic")}.items() if not is_wanted}
+    apart = {name: config.getoption(f"--{name}") for name in ("elastic", "autoscaling")}
+    left_out = {name for name, is_wanted in {"ceph": is_ceph(config), **apart}.items() if not is_wanted}
     without = [item for item in items if left_out.isdisjoint(marker.name for marker in item.iter_markers())]
     config.hook.pytest_deselected(items=[item for item in items if item not in without])
     items[:] = without

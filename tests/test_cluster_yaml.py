@@ -69,6 +69,9 @@ def test_it_has_gpu_workers_on_demand_and_spot_that_start_at_none(config: dict[s
     assert set(workers) - spot
     assert all(kind["resources"]["GPU"] > 0 and kind["min_workers"] == 0 for kind in workers.values())
     assert sum(kind["max_workers"] for kind in workers.values()) <= config["max_workers"]
+    for name, kind in workers.items():
+        market = "spot" if name in spot else "on-demand"
+        assert kind["labels"] == {"ray.io/node-group": name, "ray.io/market-type": market}  # by which the arbiter asks for one
 
 
 def test_the_nodes_install_the_lock_file_and_run_ray_from_that_environment(config: dict[str, Any]) -> None:

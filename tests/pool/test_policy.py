@@ -424,6 +424,35 @@ def test_nothing_is_launched_for_growth() -> None:
     assert lines(decide(pool(run("r", 1, 8, {"n0": 0.0}), on=nodes(1), templates=spot_nodes(9)), SHORT)) == []
 
 
+NO_GPUS = (Node("c0", "cpu", 0, 4),)
+
+
+def test_basic_runs_launch_spot_nodes_first_and_others_spot_nodes_last() -> None:
+    spot = Template("spot", "H100", 1, 8, 1, is_spot=True)
+    templates = (Template("demand", "H100", 1, 8, 1), spot)
+    for tier, expected in {"basic": "*spot 1", "standard": "*demand 1", "premium": "*demand 1"}.items():
+        assert lines(decide(pool(run("r", tier=tier), on=NO_GPUS, templates=templates), SHORT)) == [expected]
+    assert lines(decide(pool(deployments=(deployment("chat", 1),), on=NO_GPUS, templates=templates), SHORT)) == ["*demand 1"]
+    without = (templates[0], replace(spot, available=0))
+    assert lines(decide(pool(run("r", tier="basic"), on=NO_GPUS, templates=without), SHORT)) == ["*demand 1"]
+
+
+def test_the_nodes_that_leave_the_least_unused_are_launched() -> None:
+    templates = (Template("big", "H100", 8, 64, 2), Template("small", "H100", 1, 8, 9))
+    assert lines(decide(pool(run("r"), on=NO_GPUS, templates=templates), SHORT)) == ["*small 1"]
+    assert lines(decide(pool(run("r", workers_per_group=8, shards=8), on=NO_GPUS, templates=templates), SHORT)) == ["*big 1"]
+    assert lines(decide(pool(run("r", 3, 3), on=NO_GPUS, templates=templates), SHORT)) == ["*small 3"]
+    assert lines(decide(pool(run("r", 10, 10, shards=16), on=NO_GPUS, templates=templates), SHORT)) == ["*big 2"]
+
+
+def test_serving_launches_spot_nodes_for_what_others_have_no_room_for() -> None:
+    templates = (Template("spot", "H100", 1, 8, 9, is_spot=True), Template("demand", "H100", 1, 8, 2))
+    served = deployment("chat", 3)
+    assert lines(decide(pool(on=NO_GPUS, deployments=(served,), templates=templates), SHORT)) == ["*demand 2"]
+    rest = (templates[0], replace(templates[1], available=0, launching=0))
+    assert lines(decide(pool(on=NO_GPUS, deployments=(served,), templates=rest), SHORT)) == ["*spot 3"]
+
+
 # --- Over several rounds ----------------------------------------------------------------------------------------------------
 
 

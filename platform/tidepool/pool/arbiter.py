@@ -17,6 +17,7 @@ from ray.exceptions import RayError
 from tidepool.messages import ClusterView, Resources, RunReport, Standing
 from tidepool.pool.books import Books
 from tidepool.pool.cluster import read_cluster
+from tidepool.pool.demand import Demand
 from tidepool.pool.desk import Desk, Wish, deployment_name
 from tidepool.pool.health import Rules as HealthRules
 from tidepool.pool.inspection import Inspector
@@ -46,6 +47,7 @@ class Arbiter:
         """Something was said that may change what is decided."""
         self._changed = asyncio.Event()
         """Something was decided: replaced each time."""
+        self._demand = Demand()
         self._tasks: list[asyncio.Task[None]] = []
 
     def _begin(self) -> None:
@@ -163,12 +165,16 @@ class Arbiter:
             self._is_inspected = True
 
     async def _decide(self) -> None:
-        """Decide when there is news, and tell who waits."""
+        """Decide when there is news; tell who waits, and the autoscaler which nodes are wanted."""
         await self._news.wait()
         self._news.clear()
         if self._is_inspected and self._desk.decide(time.time()):
             changed, self._changed = self._changed, asyncio.Event()
             changed.set()
+        try:
+            await asyncio.to_thread(self._demand.tell, self._desk.view, self._desk.launches)
+        except RayError as error:  # the next decision tells it
+            _logger.warning("Ray's autoscaler cannot be told which nodes are wanted: %r", error)
         await asyncio.sleep(_PAUSE_S)
 
 

@@ -24,6 +24,7 @@ from tidepool.pool.tables import Actor, Autoscaler, Tables, view
 # In the order in which an actor passes through them, so that one that goes on between two calls is not missed.
 _STATES = "DEPENDENCIES_UNREADY", "PENDING_CREATION", "ALIVE", "RESTARTING"
 _CONFIG_OPTION = "--autoscaling-config="
+_LOGS_OPTION = "--logs-dir="
 _TIMEOUT_S = 10.0
 
 
@@ -47,16 +48,15 @@ def _actors(rows: list[bytes]) -> Iterator[tuple[bytes, Actor]]:
     for row in map(gcs_pb2.ActorTableData.FromString, rows):
         if row.name:
             is_alive = row.state == gcs_pb2.ActorTableData.ALIVE
-            node = row.node_id or row.address.node_id
+            node = row.address.node_id if row.address.ip_address else b""  # before that it is only asked for room
             yield row.actor_id, Actor(row.name, row.ray_namespace, node.hex(), is_alive, dict(row.required_resources))
 
 
 def _autoscaler() -> Autoscaler:
-    client = internal_kv_get_gcs_client()
-    path = _config_path(client.address)
+    path = _config_path(ray.get_runtime_context().get_session_name())
     if path is None:
         return Autoscaler()
-    reply = autoscaler_pb2.GetClusterStatusReply.FromString(client.get_cluster_status(timeout_s=_TIMEOUT_S))
+    reply = autoscaler_pb2.GetClusterStatusReply.FromString(internal_kv_get_gcs_client().get_cluster_status(timeout_s=_TIMEOUT_S))
     state = reply.autoscaling_state
     launching = Counter(instance.ray_node_type_name for instance in state.pending_instances)
     for request in state.pending_instance_requests:
@@ -68,14 +68,13 @@ def _autoscaler() -> Autoscaler:
 
 
 @functools.cache
-def _config_path(gcs_address: str) -> str | None:
-    """The configuration file of this cluster's autoscaler, a process of this node; None where it has none or is not here."""
+def _config_path(session: str) -> str | None:
+    """The configuration file of the autoscaler of a Ray session, a process of this node; None where it has none or is not here."""
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or ()
-        if f"--gcs-address={gcs_address}" in command:
-            for word in command:
-                if word.startswith(_CONFIG_OPTION):
-                    return os.path.expanduser(str(word).removeprefix(_CONFIG_OPTION))
+        paths = [word.removeprefix(_CONFIG_OPTION) for word in command if word.startswith(_CONFIG_OPTION)]
+        if paths and any(word.startswith(_LOGS_OPTION) and session in word for word in command):
+            return os.path.expanduser(str(paths[0]))
     return None
 
 

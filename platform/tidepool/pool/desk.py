@@ -237,6 +237,11 @@ class Desk:
         return self._allowed.get(deployment)
 
     @property
+    def view(self) -> ClusterView:
+        """What was seen of the cluster last."""
+        return self._view
+
+    @property
     def launches(self) -> tuple[LaunchNodes, ...]:
         """The nodes that the cluster is to be asked for."""
         return tuple(decision for decision in self._plan.decisions if isinstance(decision, LaunchNodes))

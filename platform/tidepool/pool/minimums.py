@@ -65,7 +65,8 @@ def meet(state: Round, holding: Holding, power: Power, reservation: Reservation 
     demand = _demand(state, holding, power, pauses)
     spots, is_coming = state.claim(run.name, demand._replace(pauses=Pauses.NOBODY) if could_launch else demand, run)
     if not spots and not is_coming and could_launch:
-        template = state.launches.promise(run.name, missing, run.workers_per_group, run.worker, run.labels, run.kind)
+        on_spot = run.tier == "basic"
+        template = state.launches.promise(run.name, missing, run.workers_per_group, run.worker, run.labels, run.kind, on_spot)
         if template is not None:
             why = reason("launching", missing=missing, template=template.name, start_s=template.start_s)
             state.waits.append(Wait(run.name, missing, why))

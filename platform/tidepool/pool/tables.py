@@ -135,14 +135,14 @@ def _templates(autoscaler: Autoscaler, nodes: Iterable[Node], now_s: float) -> t
     """The node types that could be launched, in the order of the configuration."""
     config, launching = autoscaler.config, autoscaler.launching
     head = config.get("head_node_type")
-    up = Counter(map(type_of, nodes))
+    up = Counter(type_of(node) for node in nodes if node.leaves_at_s is None)
     types = {name: of for name, of in (config.get("available_node_types") or {}).items() if name != head}
     left = config.get("max_workers", 0) - sum(up[name] + launching.get(name, 0) for name in types)
     found = []
     for name, node_type in types.items():
-        resources, labels = node_type.get("resources") or {}, {NODE_TYPE_LABEL: name} | (node_type.get("labels") or {})
+        resources, labels = node_type.get("resources") or {}, node_type.get("labels") or {}
         whole = _whole(resources)
-        available = min(node_type.get("max_workers", 0) - up[name] - launching.get(name, 0), left)
+        available = min(node_type.get("max_workers", config.get("max_workers", 0)) - up[name] - launching.get(name, 0), left)
         has_capacity = now_s - autoscaler.failed.get(name, 0.0) >= _NO_CAPACITY_S
         found.append(
             Template(
