@@ -1,4 +1,5 @@
-"""The demo: from a folder of text to a served model and an adapter, with a replica group killed on the way, and one added.
+"""The demo: from a folder of text to a served model and an adapter, with a replica group killed on the way, and one added;
+then a new version of the adapter, published while the first one is being asked.
 
     make demo
 
@@ -28,6 +29,7 @@ import httpx
 import psutil
 import ray
 import yaml
+from asking import Asking
 from corpus import write_chats, write_source
 
 from tidepool import local_cluster
@@ -79,7 +81,7 @@ def main() -> int:
         _clear(store_url)
         with _cluster(store_url) as cluster:
             summary = _run(cluster)
-    except (DemoError, TidepoolError) as error:
+    except (DemoError, TidepoolError, TimeoutError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     summary["seconds"] = round(time.monotonic() - started, 1)
@@ -123,9 +125,10 @@ def _run(cluster: LocalCluster) -> dict[str, Any]:
     _check_margin("base", base, BASE_MARGIN)
     _check_margin("adapter", adapter, ADAPTER_MARGIN)
     names = [result["published"].partition("@")[0] for result in (base, adapter)]
-    _say(f"Serving {' and '.join(names)} from one Serve application")
+    _say(f"Serving {' and '.join(names)}")
     local_cluster.serve(cluster, names)
     answers = [_complete(cluster, names[0]), _chat(cluster, names[1])]
+    update = _publish_while_asked(cluster, adapter["published"])
     return {
         "python": sys.version.split()[0],
         "base": base,
@@ -133,6 +136,7 @@ def _run(cluster: LocalCluster) -> dict[str, Any]:
         "kill": asdict(kill),
         "margins": {"base": BASE_MARGIN, "adapter": ADAPTER_MARGIN},
         "answers": answers,
+        "update": update,
         "api_url": cluster.api_url,
         "dashboard_url": cluster.dashboard_url,
     }
@@ -330,6 +334,21 @@ def _ask(url: str, body: dict[str, Any], question: str) -> dict[str, str]:
     return {"model": body["model"], "question": question, "answer": answer}
 
 
+def _publish_while_asked(cluster: LocalCluster, before: str) -> dict[str, Any]:
+    """Train another version of the adapter while the one before is asked without a pause. Raises `DemoError` if an answer fails."""
+    model = before.partition("@")[0]
+    _say(f"Asking {model} again and again, while a second run trains its next version on the same cluster")
+    with Asking(cluster.api_url, model) as asking:
+        asking.wait_for(before)
+        result, _ = _train(cluster, "again", with_a_kill=False)
+        asking.wait_for(result["published"])
+    counted = ", then ".join(f"{number} answers by {version}" for version, number in asking.answers.items())
+    print(f"  {counted}; {asking.num_failed} failed", flush=True)
+    if asking.num_failed or list(asking.answers) != [before, result["published"]]:
+        raise DemoError("A new version takes over without a failed answer, and for good: here it did not.")
+    return {"before": before, "after": result["published"], "answers": dict(asking.answers), "failed": asking.num_failed}
+
+
 # --- Telling ---------------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +374,9 @@ def _print_table(summary: dict[str, Any]) -> None:
     )
     for answer in summary["answers"]:
         print(f"{answer['model']:<14} {answer['question']!r} -> {answer['answer']!r}")
+    update = summary["update"]
+    counted = ", then ".join(f"{number} answers by {version}" for version, number in update["answers"].items())
+    print(f"the update     {counted}; {update['failed']} failed")
     print(f"\nAPI            {summary['api_url']} (ended with the demo)\ndashboard      {summary['dashboard_url']} (ended with the demo)")
     print(f"took           {summary['seconds']} s; all figures: {FOLDER}/summary.json")
     print("go on          make up      serve these two again, with the dashboard, until `make down`")

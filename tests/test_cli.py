@@ -19,10 +19,11 @@ Captured = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory in which no cluster was ever started, and no store in the environment."""
+    """A working directory in which no cluster was ever started, and neither a store nor a cluster in the environment."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    monkeypatch.delenv("TIDEPOOL_STORE", raising=False)
+    for variable in ("TIDEPOOL_STORE", "RAY_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture

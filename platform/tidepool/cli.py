@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tidepool import __version__, local_cluster
+from tidepool.cluster_process import ask_cluster
 from tidepool.data_commands import add_data_commands
 from tidepool.errors import ClusterError, SpecError, TidepoolError
 from tidepool.keys_commands import add_keys_commands
@@ -165,14 +166,25 @@ def _promote(options: argparse.Namespace) -> None:
         raise SpecError(f"Which version of {name}? Give {name}@VERSION; `tidepool models list` shows them.")
     registry.promote(name, int(number), options.alias, expected=options.expected, canary_weight=options.canary)
     if options.canary is None:
-        print(f"{name}:{options.alias} is {name}@{number} now.")
+        print(f"{name}:{options.alias} is {name}@{number} now.", flush=True)
     else:
-        print(f"{name}@{number} gets {options.canary:.3g} of the requests to {name}:{options.alias} now.")
+        print(f"{name}@{number} gets {options.canary:.3g} of the requests to {name}:{options.alias} now.", flush=True)
+    _announce(name)
 
 
 def _rollback(options: argparse.Namespace) -> None:
     version = _registry(options).rollback(options.model, options.alias)
-    print(f"{options.model}:{options.alias} is {version.ref} now.")
+    print(f"{options.model}:{options.alias} is {version.ref} now.", flush=True)
+    _announce(options.model)
+
+
+def _announce(name: str) -> None:
+    """Tell who serves in the cluster that is known here, if any is: they look by themselves too, every second or as their spec says."""
+    try:
+        ask_cluster(_environment(), "tidepool.announcement", name)
+    except ClusterError as error:
+        if "RAY_ADDRESS" in os.environ:
+            print(f"Who serves it was not told, and sees it by itself: {error}.", file=sys.stderr)
 
 
 def _up(options: argparse.Namespace) -> None:

@@ -141,21 +141,31 @@ def serve(cluster: LocalCluster, models: Sequence[str], **options: Any) -> None:
         "args": {"store": cluster.store_url, "models": list(models), **options},
     }
     http = {"host": "127.0.0.1", "port": cluster.http_port}
+    scale = options.get("replicas", {}).get("scale") or {}
+    path = "ready" if scale.get("min", 1) else "health"  # to ask whether models are ready starts those that wait for traffic
     url = f"{cluster.dashboard_url}/api/serve/applications/"
     _request("PUT", url, {"proxy_location": "HeadOnly", "http_options": http, "applications": [application]})
-    deadline = time.monotonic() + _SERVE_TIMEOUT_S
+    began_at, deadline = time.time(), time.monotonic() + _SERVE_TIMEOUT_S
     while True:
-        state = _request("GET", url)["applications"].get(_APPLICATION, {})
-        if state.get("status") == "RUNNING" and _answers(f"{cluster.api_url[: -len('/v1')]}/health"):
+        states = _request("GET", url)["applications"]
+        if states.get(_APPLICATION, {}).get("status") == "RUNNING" and _answers(f"{cluster.api_url.removesuffix('/v1')}/{path}"):
             return
-        if state.get("status") in ("DEPLOY_FAILED", "UNHEALTHY") or time.monotonic() > deadline:
-            raise ClusterError(f"The models {', '.join(models)} cannot be served: {_reason(state)}")
+        ours = [state for name, state in states.items() if name == _APPLICATION or _is_new_model(name, state, began_at)]
+        failed = [state for state in ours if state["status"] in ("DEPLOY_FAILED", "UNHEALTHY")]
+        if failed or time.monotonic() > deadline:
+            raise ClusterError(f"The models {', '.join(models)} cannot be served: {_reason((failed or [states.get(_APPLICATION, {})])[0])}")
         time.sleep(_POLL_S)
+
+
+def _is_new_model(name: str, state: Mapping[str, Any], since: float) -> bool:
+    """Models are applications beside it; one that was there before may be a model that nobody wants any more."""
+    return name.startswith(f"{_APPLICATION}-") and float(state["last_deployed_time_s"]) > since
 
 
 def _reason(state: Mapping[str, Any]) -> str:
     """What Serve says of an application that failed: an error of ours without the tracebacks around it, or all of it."""
-    message = str(state.get("message", ""))
+    parts = [state, *state.get("deployments", {}).values()]
+    message = "\n".join(str(part["message"]) for part in parts if part.get("message"))
     _, is_ours, ours = message.rpartition("\ntidepool.errors.")
     return ours.partition(": ")[2].strip() if is_ours else f"{state.get('status')} {message}"
 

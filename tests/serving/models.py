@@ -62,3 +62,10 @@ def publish_adapter(published: Published, folder: Path, name: str, seed: int) ->
     export_adapter(adapted, published.tokenizer, folder, base)
     registry = Registry(open_store(published.store_url))
     return registry.publish(name, "adapter", folder, base=base.ref, base_digest=base.digest, lineage={"seed": seed}, metrics={})
+
+
+def publish_base(published: Published, folder: Path, name: str, seed: int) -> ModelVersion:
+    """Publish a whole model whose weights the seed decides as the next version of a name."""
+    model = build_model(CONFIG | {"max_position_embeddings": 512}, len(published.tokenizer), seed=seed, tokenizer=published.tokenizer)
+    export_model(model, published.tokenizer, folder)
+    return Registry(open_store(published.store_url)).publish(name, "full", folder, lineage={"seed": seed}, metrics={})

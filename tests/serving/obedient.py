@@ -5,14 +5,15 @@ import os
 from collections.abc import AsyncGenerator
 
 import ray
-from ray.serve.handle import DeploymentHandle
+from ray import serve
 
 from tests.serving.fakes import BASE_DIGEST
+from tidepool.announcement import DIRECTORY
 from tidepool.errors import EngineBusyError, RequestError
 from tidepool.inference.engine import Output
 from tidepool.registry import ModelVersion
-from tidepool.serving.app import Presence
 from tidepool.serving.backend import Call, Frame, Started
+from tidepool.serving.engines import Presence
 from tidepool.serving.host import Load, ReplicaHost
 
 SIGNALS, NAMESPACE = "signals", "serving-test"
@@ -66,13 +67,10 @@ class Obedient:
 class ObedientReplica:
     """The same as a deployment of Serve's, where gateways find it as they find replicas of engines."""
 
-    async def __init__(self, directory: DeploymentHandle) -> None:  # type: ignore[misc]
+    async def __init__(self, application: str) -> None:  # type: ignore[misc]
         self._host = ReplicaHost(Obedient())
         endpoint = await self._host.open(f"obedient-{os.getpid()}", BASE_DIGEST, "127.0.0.1")
-        self._presence = Presence(endpoint, directory)
-
-    async def wake(self) -> None:
-        """See `EngineReplica.wake`."""
+        self._presence = Presence(endpoint, serve.get_deployment_handle(DIRECTORY, application), lambda: self._host.is_busy)
 
     async def __del__(self) -> None:
         await self._presence.end()

@@ -15,10 +15,13 @@ from ray.serve.schema import ServeDeploySchema
 
 from tests.serving.models import Published
 from tidepool.errors import ModelError, RegistryError, SpecError
+from tidepool.models.source import ModelSource
 from tidepool.registry import Registry
 from tidepool.serving.app import Gateway, build
+from tidepool.serving.directory import View
+from tidepool.serving.engines import engines
 from tidepool.serving.keys import KeyLog
-from tidepool.serving.plan import plan_serving
+from tidepool.serving.plan import NamedBases, plan_serving
 from tidepool.specs import GatewaySpec, ServingSpec, parse_spec
 from tidepool.storage import open_store
 
@@ -71,14 +74,48 @@ def test_the_application_is_built_from_the_arguments_of_serve(published: Publish
 
 def test_a_model_between_bounds_is_scaled_by_our_policy(published: Published) -> None:
     scale = {"min": 0, "max": 3, "ttft_s": 2.0, "up_after_s": 0.5, "down_after_s": 7, "zero_after_s": 8}
-    application = build({"store": published.store_url, "models": ["bot"], "replicas": {"scale": scale}})
-    [engines] = application._bound_deployment.init_args[2].values()
-    config = engines._bound_deployment._deployment_config.autoscaling_config
-    assert (config.min_replicas, config.max_replicas) == (0, 3)
-    assert (config.upscale_delay_s, config.downscale_delay_s, config.downscale_to_zero_delay_s) == (0.5, 7, 8)
-    policy = config.policy.get_policy()(**config.policy.policy_kwargs)
-    context = SimpleNamespace(raw_metrics={"occupancy": {"a": [SimpleNamespace(value=1.4)]}}, current_num_replicas=1, target_num_replicas=1)
-    assert policy(context) == (2, {})
+    config = deployment_of(published, replicas={"scale": scale})._deployment_config.autoscaling_config
+    assert (config.min_replicas, config.max_replicas, config.initial_replicas) == (0, 3, None)
+    assert (config.upscale_delay_s, config.downscale_delay_s, config.downscale_to_zero_delay_s) == (0, 0, None), "the policy's business"
+    assert config.policy.policy_kwargs["limits"] == scale
+
+
+def deployment_of(published: Published, **spec: Any) -> Any:
+    """Of a base, as Serve is given it."""
+    [base] = plan(published, "bot").bases
+    value = {"store": published.store_url, "models": ["bot"]} | spec
+    return engines("tidepool", parse_spec(value, ServingSpec), base)._bound_deployment
+
+
+def test_a_base_is_deployed_anew_where_its_engine_differs_and_not_where_their_number_does(published: Published) -> None:
+    first = deployment_of(published)
+    assert first.name == f"Engine-{published.base.digest[:12]}"
+    assert deployment_of(published).version == first.version
+    assert deployment_of(published, replicas={"num_replicas": 5}).version == first.version
+    assert deployment_of(published, engine={"weights": "int8"}).version != first.version
+
+
+def test_the_bases_that_names_mean_are_followed_and_what_they_meant_before_counts_while_nobody_can_say(
+    published: Published, tmp_path: Path
+) -> None:
+    store = open_store((tmp_path / "store").as_uri())
+    registry = Registry(store)
+    for number in (1, 2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "model.safetensors").write_text(str(number))
+        registry.publish("whole", "full", folder, lineage={"number": number}, metrics={}, alias="production" if number == 1 else None)
+    first, second = registry.versions("whole")
+    spec = ServingSpec(store=store.url, models=["whole", "whole@1"])
+    named = NamedBases(plan_serving(spec, store), store)
+    assert named.look_up() == {first.digest: ModelSource("whole@1", first.digest, first)}
+    registry.promote("whole", 2, canary_weight=0.1)
+    assert named.look_up().keys() == {first.digest, second.digest}, "a canary needs its base too"
+    registry.promote("whole", 2)
+    assert named.look_up().keys() == {first.digest, second.digest}, "the other one is listed by its number"
+    store.delete("models/whole/versions/2.json")
+    assert named.look_up().keys() == {first.digest, second.digest}
+    assert published.base.digest not in named.look_up()
 
 
 def test_the_shipped_file_is_what_ray_and_we_accept() -> None:
@@ -91,31 +128,39 @@ def test_the_shipped_file_is_what_ray_and_we_accept() -> None:
     assert spec == ServingSpec(store="memory://x", models=["tidepool-source-base", "tidepool-source-lora"])  # it shows the defaults
 
 
-class Silent:
-    """The handle of a directory that answers nobody."""
+class Quiet:
+    """The handle of a directory that has nothing to tell."""
+
+    def __init__(self) -> None:
+        self._views = [View("epoch", 0, (), ())]
 
     @property
     def watch(self) -> Any:
-        return SimpleNamespace(remote=lambda *_: asyncio.Event().wait())
+        return SimpleNamespace(remote=self._watch)
+
+    async def _watch(self, *_: Any) -> View:
+        if not self._views:
+            await asyncio.Event().wait()
+        return self._views.pop()
 
 
-def constructed(published: Published, host: str, monkeypatch: pytest.MonkeyPatch, **gateway: Any) -> Any:
+async def constructed(published: Published, host: str, monkeypatch: pytest.MonkeyPatch, **gateway: Any) -> Any:
     """The gateway's ASGI application as a replica of Serve constructs it, on a Serve that listens on a host."""
     client = SimpleNamespace(http_config=HTTPOptions(host=host))
     monkeypatch.setattr("tidepool.serving.app._get_global_client", lambda: client)
     spec = ServingSpec(store=published.store_url, models=["bot"], gateway=GatewaySpec(**gateway))
     found = plan_serving(spec, open_store(published.store_url))
-    gateway = Gateway(spec, found.models, {}, Silent())  # type: ignore[arg-type]
-    return gateway.__serve_build_asgi_app__()
+    gateway = Gateway(spec, found.models, Quiet())  # type: ignore[arg-type]
+    return await gateway.__serve_build_asgi_app__()
 
 
 def test_a_gateway_that_others_reach_is_not_constructed_without_keys(published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
 
     async def statuses() -> list[int]:
-        constructed(published, "127.0.0.1", monkeypatch)
+        await constructed(published, "127.0.0.1", monkeypatch)
         with pytest.raises(SpecError, match=r"would listen on 0\.0\.0\.0 and ask nobody for a key"):
-            constructed(published, "0.0.0.0", monkeypatch)
-        app = constructed(published, "0.0.0.0", monkeypatch, require_keys=True)
+            await constructed(published, "0.0.0.0", monkeypatch)
+        app = await constructed(published, "0.0.0.0", monkeypatch, require_keys=True)
         _, secret = KeyLog(open_store(published.store_url)).create("one")
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tidepool") as client:
             headers: list[dict[str, str]] = [{}, {"Authorization": f"Bearer {secret}"}]

@@ -3,7 +3,8 @@
 import asyncio
 
 from tests.serving.fakes import BASE_DIGEST
-from tidepool.serving.directory import LISTED_S, Directory, View
+from tidepool.serving.bases import base_id
+from tidepool.serving.directory import LISTED_S, Directory, View, answering
 from tidepool.serving.wire import Endpoint
 
 ONE, TWO = (Endpoint(name, BASE_DIGEST, "127.0.0.1", port, "s") for name, port in (("one", 1), ("two", 2)))
@@ -82,5 +83,42 @@ def test_moves_that_are_long_past_are_forgotten_and_who_missed_them_asks_for_all
         for index in range(5000):
             directory.announce(f"n{index}")
         assert (await seen_by(directory, view)).moved is None
+
+    asyncio.run(run())
+
+
+def test_replicas_say_whether_they_have_something_to_do_and_who_watches_is_not_bothered_with_it() -> None:
+    async def run() -> None:
+        clock = Clock()
+        directory = Directory(clock)
+        assert directory.busy() == {}
+        directory.report(ONE, is_busy=False)
+        directory.report(TWO, is_busy=True)
+        view = await seen_by(directory)
+        assert directory.busy() == {base_id(BASE_DIGEST): True}
+        directory.report(TWO, is_busy=False)
+        assert directory.busy() == {base_id(BASE_DIGEST): False}
+        assert (await seen_by(directory, view)).number == view.number
+        clock.now += LISTED_S + 1
+        assert directory.busy() == {}
+
+    asyncio.run(run())
+
+
+def test_a_base_may_answer_from_its_first_replica_until_it_is_offered_no_longer() -> None:
+    async def run() -> None:
+        directory = Directory()
+        old = "01" * 32
+        view = await seen_by(directory)
+        assert answering({old}, view) == {old}, "nobody has looked yet"
+        directory.offer(frozenset({base_id(old), base_id(BASE_DIGEST)}))
+        assert answering({old}, await seen_by(directory, view, 60)) == {old}
+        directory.report(ONE)
+        both = answering({old}, await seen_by(directory))
+        assert both == {old, BASE_DIGEST}
+        directory.leave("one")
+        assert answering(both, await seen_by(directory)) == both, "it has gone to no replica"
+        directory.offer(frozenset({base_id(BASE_DIGEST)}))
+        assert answering(both, await seen_by(directory)) == {BASE_DIGEST}
 
     asyncio.run(run())

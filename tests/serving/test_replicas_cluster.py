@@ -49,9 +49,11 @@ def wait_for(condition: Any) -> None:
 
 def replica_pids(cluster: LocalCluster, states: Collection[str] = ("RUNNING",)) -> list[int]:
     """The processes of the engine replicas in these states, as Serve tells them."""
-    url = f"{cluster.dashboard_url}/api/serve/applications/"
-    deployments = httpx.get(url, timeout=_TIMEOUT_S).json()["applications"]["tidepool"]["deployments"]
-    replicas = [one for name, deployment in deployments.items() if name.startswith("Engine") for one in deployment["replicas"]]
+    applications = httpx.get(f"{cluster.dashboard_url}/api/serve/applications/", timeout=_TIMEOUT_S).json()["applications"]
+    deployments = [
+        one for name, application in applications.items() if name.startswith("tidepool-") for one in application["deployments"].values()
+    ]
+    replicas = [replica for deployment in deployments for replica in deployment["replicas"]]
     pids = [one["pid"] for one in replicas if one["state"] in states and "pid" in one]
     return [pid for pid in pids if psutil.pid_exists(pid)]
 

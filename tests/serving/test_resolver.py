@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import pytest
@@ -40,10 +40,12 @@ class Clock:
         return self.now
 
 
-def resolver_of(registry: FakeRegistry, deployed: Mapping[str, ModelVersion] | None = None, **rest: Any) -> tuple[Resolver, Clock]:
+def resolver_of(
+    registry: FakeRegistry, deployed: Mapping[str, ModelVersion] | None = None, bases: Set[str] = frozenset({BASE_DIGEST}), **rest: Any
+) -> tuple[Resolver, Clock]:
     clock = Clock()
     deployed = deployed or {"tides": full(), "bot": adapter()}
-    return Resolver(registry.meaning, deployed, {BASE_DIGEST}, ttl_s=2.0, clock=clock, **rest), clock
+    return Resolver(registry.meaning, deployed, bases, ttl_s=2.0, clock=clock, **rest), clock
 
 
 def test_a_name_is_asked_again_after_the_ttl_and_a_number_never() -> None:
@@ -158,12 +160,28 @@ def test_an_alias_that_moves_off_the_deployed_bases_leaves_the_last_served_versi
                 clock.now += 3
                 assert (await resolver.resolve("tides")).number == 1
         for ref in ("tides@2", "tides:canary"):  # never served: no other version answers in its place
-            with pytest.raises(ClusterError, match=r"tides@2 needs .*deploy the serving application again"):
+            with pytest.raises(ClusterError, match=rf"tides@2 needs .*list {ref} among the models that are served"):
                 await resolver.resolve(ref)
 
     asyncio.run(run())
     assert len(caplog.records) == 1
     assert "tides is tides@2 now" in caplog.records[0].getMessage()
+
+
+def test_a_version_answers_from_when_its_base_runs_and_the_one_before_no_longer_when_its_base_is_gone() -> None:
+    registry, bases = FakeRegistry({"tides": full(number=2, digest="0f" * 32), "bot": adapter()}), {BASE_DIGEST}
+    resolver, clock = resolver_of(registry, bases=bases)
+
+    async def run() -> None:
+        clock.now += 3
+        assert (await resolver.resolve("tides")).number == 1
+        bases.add("0f" * 32)
+        assert (await resolver.resolve("tides")).number == 2
+        bases.remove(BASE_DIGEST)
+        with pytest.raises(ClusterError, match="needs the base tides@1, which is being started"):
+            await resolver.resolve("bot")
+
+    asyncio.run(run())
 
 
 def test_the_last_served_version_is_the_newest_one_that_could_be_served() -> None:

@@ -1,14 +1,11 @@
 """How many replicas a model gets: enough for its traffic and its time to the first token, fewer when it is calm, none when nobody asks."""
 
-from dataclasses import dataclass
-from types import SimpleNamespace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tidepool.errors import SpecError
-from tidepool.serving.scaling import Autoscaler, ReplicaLoad, num_wanted
+from tidepool.serving.scaling import Demand, Limits, ReplicaLoad, num_needed, num_wanted
 from tidepool.serving.waiting import LATEST_S, Waits
 from tidepool.specs import ReplicasSpec, parse_spec
 
@@ -49,21 +46,79 @@ def test_what_was_decided_for_a_load_is_kept_for_it(occupancies: list[float], tt
         assert again == wanted(*[busy / again] * again, ttft_s=0.1)
 
 
-def test_serve_is_told_what_replicas_report() -> None:
-    @dataclass
-    class Value:
-        value: float
-        timestamp: float = 0.0
+def limits(**given: float) -> Limits:
+    return Limits(**({"min": 1, "max": 4, "ttft_s": 1.0, "up_after_s": 2.0, "down_after_s": 10.0, "zero_after_s": 30.0} | given))  # type: ignore[arg-type]
 
-    metrics = {
-        "occupancy": {"a": [Value(9.0), Value(0.5)], "b": [Value(2.0)], "c": []},
-        "cache_use": {"a": [Value(0.1)], "b": [Value(0.2)]},
-        "ttft_s": {"a": [Value(0.1)]},
-        "running": {"a": [Value(99.0)]},
-    }
-    context = SimpleNamespace(raw_metrics=metrics, current_num_replicas=2, target_num_replicas=2)
-    assert Autoscaler(ttft_s=1.0)(context) == (4, {})
-    assert Autoscaler(ttft_s=1.0)(SimpleNamespace(raw_metrics=None, current_num_replicas=1, target_num_replicas=1)) == (1, {})
+
+class Traffic:
+    """A deployment whose replicas are all as busy, from second to second; as many run as are wanted."""
+
+    def __init__(self, num: int, **given: float) -> None:
+        self.demand, self.now, self.num_running = Demand(limits(**given), num), 100.0, num
+
+    def go_on(self, seconds: float, busy: float, ttft_s: float = 0.1, has_rung: bool = False, starts: bool = True) -> tuple[int, int]:
+        """What is wanted and needed at the end of so many seconds of traffic that keeps `busy` replicas busy."""
+        for _ in range(round(seconds * 10)):
+            self.now += 0.1
+            load = ReplicaLoad(busy / self.num_running, 0.0, ttft_s if busy else 0.0) if self.num_running else None
+            self.demand.update([load] * self.num_running if load else [], self.num_running, self.now, has_rung)
+            has_rung = False
+            if starts:
+                self.num_running = self.demand.num_wanted
+        return self.demand.num_wanted, self.demand.num_needed
+
+
+def test_a_blip_moves_nothing_and_what_lasts_does() -> None:
+    traffic = Traffic(1)
+    assert traffic.go_on(1.5, busy=2.0) == (1, 1)
+    assert traffic.go_on(0.5, busy=0.3) == (1, 1)
+    assert traffic.go_on(1.5, busy=2.0) == (1, 1), "that was another blip"
+    assert traffic.go_on(1.0, busy=2.0) == (3, 3)
+    assert traffic.go_on(9.5, busy=0.3) == (3, 1), "what traffic can do without is said at once"
+    assert traffic.go_on(1.0, busy=0.3) == (1, 1)
+
+
+def test_no_more_and_no_fewer_than_the_spec_says() -> None:
+    assert Traffic(0).demand.num_wanted == 1, "the first one waits for nothing"
+    assert Traffic(9).demand.num_wanted == 4
+    assert Traffic(1).go_on(5, busy=50) == (4, 4)
+    assert Traffic(2, min=2).go_on(100, busy=0.0) == (2, 2), "the spec's min is needed, whatever the traffic"
+
+
+def test_the_last_one_goes_after_a_delay_of_its_own_and_who_rings_gets_one_at_once() -> None:
+    traffic = Traffic(3, min=0)
+    assert traffic.go_on(11, busy=0.0) == (1, 0)
+    assert traffic.go_on(29, busy=0.0) == (1, 0)
+    assert traffic.go_on(2, busy=0.0) == (0, 0)
+    assert traffic.go_on(60, busy=0.0) == (0, 0)
+    assert traffic.go_on(0.1, busy=0.0, has_rung=True) == (1, 0)
+
+
+def test_a_first_replica_that_takes_long_to_start_is_wanted_as_long_as_somebody_waits() -> None:
+    traffic = Traffic(0, min=0, zero_after_s=1.0)
+    for _ in range(20):
+        assert traffic.go_on(5, busy=0.0, has_rung=True, starts=False)[0] == 1
+    assert traffic.go_on(14, busy=0.0, starts=False)[0] == 0, "who waited has left"
+
+
+def test_what_is_needed_is_what_this_moment_cannot_do_without() -> None:
+    assert num_needed([ReplicaLoad(0.1, 0.0, 0.1)] * 3, 3, ttft_s=1.0) == 1
+    assert num_needed([ReplicaLoad(0.5, 0.0, 0.1)] * 3, 3, ttft_s=1.0) == 3
+    assert num_needed([ReplicaLoad(0.1, 0.9, 0.1)] * 3, 3, ttft_s=1.0) == 3
+    assert num_needed([ReplicaLoad(0.1, 0.0, 0.8)] * 3, 3, ttft_s=1.0) == 3, "somebody waits already"
+    assert num_needed([ReplicaLoad(5.0, 0.0, 9.0)], 2, ttft_s=1.0) == 2, "never more than is wanted"
+    assert num_needed([], 1, ttft_s=1.0) == 0
+
+
+@given(st.lists(st.tuples(st.floats(0, 20), st.floats(0, 3), st.integers(1, 30), st.booleans()), max_size=30), st.integers(0, 3))
+def test_what_is_wanted_stays_between_the_bounds_and_what_is_needed_below_it(
+    traffic: list[tuple[float, float, int, bool]], least: int
+) -> None:
+    one = Traffic(1, min=least)
+    for busy, ttft_s, tenths, has_rung in traffic:
+        wanted, needed = one.go_on(tenths / 10, busy, ttft_s, has_rung)
+        assert least <= wanted <= 4
+        assert min(least, wanted) <= needed <= wanted
 
 
 def test_the_time_to_the_first_token_is_that_of_nearly_all_and_of_who_waits_now() -> None:

@@ -26,6 +26,7 @@ from tidepool.inference.engine import Output
 from tidepool.local_cluster import LocalCluster
 from tidepool.serving.app import Gateway, directory_deployment, follow
 from tidepool.serving.backend import Call, Frame, Started
+from tidepool.serving.directory import View
 from tidepool.serving.fleet import Fleet
 from tidepool.specs import ServingSpec
 
@@ -121,14 +122,15 @@ def test_chats_streams_and_refusals(client: OpenAI) -> None:
 def obedient_url(cluster: LocalCluster, served: Published) -> Iterator[str]:
     """Our gateway on Serve before a replica that does what it is told."""
     del served  # Serve runs, on the ports of the cluster
-    directory = directory_deployment().bind()
     replica = serve.deployment(ObedientReplica, name="Obedient", ray_actor_options={"num_cpus": 0})
     gateway = serve.deployment(serve.ingress()(Gateway), ray_actor_options={"num_cpus": 0})
     spec = ServingSpec(store=cluster.store_url, models=["obedient"], resolve_ttl_s=1000)
-    application = gateway.bind(spec, {"obedient": full("obedient")}, {BASE_DIGEST: replica.bind(directory)}, directory)
+    application = gateway.bind(spec, {"obedient": full("obedient")}, directory_deployment().bind())
     serve.run(application, name="obedient", route_prefix="/obedient")
+    serve.run(replica.bind("obedient"), name="obedient-replica", route_prefix=None)
     yield cluster.api_url.replace("/v1", "/obedient/v1")
-    serve.delete("obedient")
+    for name in ("obedient-replica", "obedient"):
+        serve.delete(name)
 
 
 @asynccontextmanager
@@ -136,10 +138,10 @@ async def fleet() -> AsyncIterator[Fleet]:
     """A gateway's replicas, in this process: those that the application's directory lists."""
     one = Fleet()
 
-    async def refresh(_: object) -> None:
-        """Nothing here has a name."""
+    async def take(view: View) -> None:
+        one.update(view.endpoints)
 
-    following = asyncio.create_task(follow(serve.get_deployment_handle("Directory", "obedient"), one, refresh))
+    following = asyncio.create_task(follow(serve.get_deployment_handle("Directory", "obedient"), take))
     try:
         async with asyncio.timeout(_TIMEOUT_S):
             yield one

@@ -105,6 +105,11 @@ class ReplicaHost:
         return [visit.channel for visit in self._visits]
 
     @property
+    def is_busy(self) -> bool:
+        """Whether anything that was asked for is not finished."""
+        return not self._idle.is_set()
+
+    @property
     def ttft_s(self) -> float:
         """How long requests wait for their first token here, see `Waits`."""
         return self._waits.ttft_s

@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from tidepool.errors import BaseMismatchError, ModelError, RegistryError
-from tidepool.inference.engine import Engine, GenerationRequest, Output
+from tidepool.inference.engine import Engine, EngineStats, GenerationRequest, Output
 from tidepool.inference.limits import BLOCK_SIZE
 from tidepool.inference.linear import weights_dtype
 from tidepool.inference.paged import PagedEngine
@@ -98,6 +98,10 @@ class Replica:
             stats.num_blocks * BLOCK_SIZE,
             stats.has_failed,
         )
+
+    def stats(self) -> EngineStats:
+        """What the engine has counted."""
+        return self._engine.stats()
 
     def _start(self, call: Call) -> Started:
         tokens = self._prompts.tokens(call.prompt)

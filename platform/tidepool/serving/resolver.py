@@ -8,8 +8,8 @@ Invariants:
 - A new version of a name is made ready first (`prepare`), while requests go on with the one before; it answers from then on, or after
   `PREPARE_S` in any case. One that cannot be made ready does not answer: it is tried again, and the log says so.
 - While a name has a canary, each request is answered by one of the two versions, drawn by its weight.
-- What was known or served once goes on when the store does not answer, or when an alias moves to a version whose base has no
-  deployment; each is logged. A version that was asked for by its number is never answered by another one.
+- What was known or served once goes on when the store does not answer, or while an alias has moved to a version whose base does not run
+  yet; each is logged. A version that was asked for by its number is never answered by another one.
 - Errors are not remembered.
 
 The memory of what was served is this process's: a gateway that starts anew begins with the versions of the deployment.
@@ -48,8 +48,8 @@ class _Known:
 class Resolver:
     """Resolves names for one gateway, in one event loop. `lookup` is `Registry.meaning`, which blocks and runs in a thread.
 
-    `prepare` makes a version ready that takes the place of another one, and raises one of Tidepool's errors if it cannot. `draw` gives
-    numbers from 0 to 1.
+    `base_digests` are the bases that run, now as ever. `prepare` makes a version ready that takes the place of another one, and raises one
+    of Tidepool's errors if it cannot. `draw` gives numbers from 0 to 1.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Resolver:
     async def resolve(self, ref: str) -> ModelVersion:
         """The version that answers a request for `ref` now.
 
-        Raises `RegistryError` for what is not served or not there, `ClusterError` for a version whose base has no deployment,
+        Raises `RegistryError` for what is not served or not there, `ClusterError` for a version whose base does not run,
         `StoreError` if the store does not answer and nothing is known.
         """
         meaning = await self._meaning(ref)
@@ -191,17 +191,14 @@ class Resolver:
                 self._served[ref] = version
             return version
         last = self._served.get(ref)
-        if last is None:
-            raise ClusterError(
-                f"{version.ref} needs {_needed(version)}, which has no deployment: deploy the serving application again "
-                f"(with {version.ref} among its models)."
-            )
-        self._warn_once(
-            ref,
-            version.ref,
-            f"{ref} is {version.ref} now, which needs {_needed(version)}: it has no deployment, so requests go on with {last.ref}. "
-            "Deploy the serving application again.",
+        # What the spec lists gets a deployment by itself.
+        remedy = (
+            "which is being started" if ref in self._entries else f"which has no deployment: list {ref} among the models that are served"
         )
+        if last is None or base_digest_of(last) not in self._base_digests:
+            raise ClusterError(f"{version.ref} needs {_needed(version)}, {remedy}.")
+        message = f"{ref} is {version.ref} now, which needs {_needed(version)}, {remedy}: requests go on with {last.ref}."
+        self._warn_once(ref, version.ref, message)
         return last
 
 

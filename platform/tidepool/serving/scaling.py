@@ -1,8 +1,8 @@
-"""How many replicas a base model shall have: a pure policy that Ray Serve's controller asks, with the objective of a time to first token.
+"""How many replicas a base model shall have for its traffic, with the objective of a time to first token. Pure.
 
-Serve applies the bounds and the delays of the serving spec to what comes out, starts the first replica when a request waits for
-one, and stops replicas gracefully: they hand back what they have not finished. Its own count of requests sees nothing here, since
-answers travel past it; what replicas say of themselves is what counts.
+Two numbers come out. *Wanted* is what traffic asks for after the delays of the serving spec: more than a blip. *Needed* is what the traffic
+of this moment cannot do without: what is wanted beyond it may be taken for something more important. Replicas are counted as they report;
+answers travel past Serve, so its own count of requests sees nothing here.
 
 The module imports nothing of ours: Serve carries it to its controller by value.
 """
@@ -22,6 +22,8 @@ _EMPTY = 0.4
 """Replicas go if those that stay are less busy than this: not so near to `_FULL` that one comes again at once."""
 _CALM = 0.5
 """And if nobody waits longer than this share of the objective."""
+_RUNG_S = 15.0
+"""Who waits for a first replica rings much more often than this; who has not rung for so long has left."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +35,22 @@ class ReplicaLoad:
     ttft_s: float
 
 
+@dataclass(frozen=True)
+class Limits:
+    """See `ScaleSpec`."""
+
+    min: int
+    max: int
+    ttft_s: float
+    up_after_s: float
+    down_after_s: float
+    zero_after_s: float
+
+
 def num_wanted(loads: Sequence[ReplicaLoad], num_running: int, num_target: int, ttft_s: float) -> int:
-    """The number of replicas for these loads, of `num_running` that run and `num_target` that were asked for last."""
-    busy = sum(max(load.occupancy, load.cache_use) for load in loads)
-    slowest_s = max((load.ttft_s for load in loads), default=0.0)
+    """The number of replicas for these loads, of `num_running` that run and `num_target` that were wanted last."""
+    busy = _busy(loads)
+    slowest_s = _slowest_s(loads)
     needed = math.ceil(busy / _FULL)
     if needed > num_target:
         return needed
@@ -50,15 +64,54 @@ def num_wanted(loads: Sequence[ReplicaLoad], num_running: int, num_target: int, 
     return staying if staying < num_target and slowest_s <= _CALM * ttft_s else num_target
 
 
-class Autoscaler:
-    """The policy as Serve asks for it: built in its controller, called with an `AutoscalingContext` several times a second."""
+def num_needed(loads: Sequence[ReplicaLoad], num_wanted: int, ttft_s: float) -> int:
+    """Of those wanted, how many this moment's traffic cannot do without."""
+    if _slowest_s(loads) > _CALM * ttft_s:
+        return num_wanted
+    return min(num_wanted, math.ceil(_busy(loads) / _FULL))
 
-    def __init__(self, ttft_s: float) -> None:
-        self._ttft_s = ttft_s
 
-    def __call__(self, context: Any) -> tuple[int, dict[str, Any]]:
-        loads = latest_loads(context.raw_metrics or {})
-        return num_wanted(loads, context.current_num_replicas, context.target_num_replicas, self._ttft_s), {}
+class Demand:
+    """What one deployment's traffic wants, as time goes: `num_wanted` within limits, and after their delays."""
+
+    def __init__(self, limits: Limits, num_target: int) -> None:
+        self._limits = limits
+        self.num_wanted = self._within(num_target)
+        self.num_needed = min(limits.min, self.num_wanted)
+        self._differs_since: tuple[bool, float] | None = None  # whether upwards, and since when
+        self._rung_at = -math.inf
+
+    def update(self, loads: Sequence[ReplicaLoad], num_running: int, now_s: float, has_rung: bool) -> None:
+        """Take in what replicas report now, and whether somebody waits for a first one."""
+        if has_rung:
+            self._rung_at = now_s
+            self.num_wanted = max(self.num_wanted, self._within(1))
+        raw = num_wanted(loads, num_running, self.num_wanted, self._limits.ttft_s)
+        if num_running == 0 and now_s - self._rung_at < _RUNG_S:
+            raw = max(raw, 1)
+        self._follow(self._within(raw), now_s)
+        floor = min(self._limits.min, self.num_wanted)
+        self.num_needed = max(floor, num_needed(loads, self.num_wanted, self._limits.ttft_s))
+
+    def _follow(self, raw: int, now_s: float) -> None:
+        if raw == self.num_wanted:
+            self._differs_since = None
+            return
+        is_up = raw > self.num_wanted
+        if self._differs_since is None or self._differs_since[0] != is_up:
+            self._differs_since = is_up, now_s
+        if now_s - self._differs_since[1] >= self._delay_s(is_up):
+            is_last = self.num_wanted == 1
+            self.num_wanted = raw if is_up or is_last else max(raw, 1)  # the last one goes by a delay of its own
+            self._differs_since = None
+
+    def _delay_s(self, is_up: bool) -> float:
+        if is_up:
+            return self._limits.up_after_s
+        return self._limits.zero_after_s if self.num_wanted == 1 else self._limits.down_after_s
+
+    def _within(self, num: int) -> int:
+        return max(self._limits.min, min(num, self._limits.max))
 
 
 def latest_loads(metrics: Mapping[str, Mapping[Any, Sequence[Any]]]) -> list[ReplicaLoad]:
@@ -68,3 +121,11 @@ def latest_loads(metrics: Mapping[str, Mapping[Any, Sequence[Any]]]) -> list[Rep
 
 
 _NAMES = (OCCUPANCY, CACHE_USE, TTFT_S)
+
+
+def _busy(loads: Sequence[ReplicaLoad]) -> float:
+    return sum(max(load.occupancy, load.cache_use) for load in loads)
+
+
+def _slowest_s(loads: Sequence[ReplicaLoad]) -> float:
+    return max((load.ttft_s for load in loads), default=0.0)
