@@ -66,10 +66,23 @@ class Run:
     """A run on the cluster, as often as it is submitted."""
 
     def __init__(
-        self, cluster: Cluster | LocalCluster, folder: Path, store_url: str, name: str, steps: int, num_shards: int = 6, max_groups: int = NUM_GROUPS
+        self,
+        cluster: Cluster | LocalCluster,
+        folder: Path,
+        store_url: str,
+        name: str,
+        steps: int,
+        num_shards: int = 6,
+        max_groups: int = NUM_GROUPS,
     ) -> None:
         self.name, self._cluster, self._folder = name, cluster, folder
-        training = {"steps": steps, "global_batch_size": 2 * num_shards, "num_shards": num_shards, "micro_batch_size": 2, "precision": "fp32"}
+        training = {
+            "steps": steps,
+            "global_batch_size": 2 * num_shards,
+            "num_shards": num_shards,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+        }
         training |= {"evaluate_every_steps": 10**6, "evaluate_num_samples": 1}
         training |= {"optimizer": {"learning_rate": 1e-4, "schedule": "constant"}}
         spec = {"store": store_url, "run": name, "dataset": "tides", "seed": 3, "model": {"config": MODEL}, "training": training}

@@ -183,7 +183,9 @@ def rows(found: dict[str, tuple[str, Figures]]) -> list[Row]:
     return lines
 
 
-def row(metric: str, ours: tuple[float, list[float], str] | None, peer_name: str | None, peer: tuple[float, list[float], str] | None) -> Row:
+def row(
+    metric: str, ours: tuple[float, list[float], str] | None, peer_name: str | None, peer: tuple[float, list[float], str] | None
+) -> Row:
     """One line of the results."""
     unit, target = METRICS[metric]
     reached = None

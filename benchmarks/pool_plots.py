@@ -50,10 +50,19 @@ def draw_slots(sides: Mapping[str, tuple[Sequence[Sample], Sequence[float]]], nu
         parts = {
             "serving": ([one.ready for one in samples], "#1971c2"),
             "serving, starting or leaving": ([one.placed - one.ready for one in samples], "#a5d8ff"),
-            "training, starting or leaving": ([max(0.0, all_ - one.groups) for all_, one in zip(training, samples, strict=True)], "#b2f2bb"),
+            "training, starting or leaving": (
+                [max(0.0, all_ - one.groups) for all_, one in zip(training, samples, strict=True)],
+                "#b2f2bb",
+            ),
             "training": ([min(all_, one.groups) for all_, one in zip(training, samples, strict=True)], "#2f9e44"),
         }
-        axes.stackplot(seconds, *(values for values, _ in parts.values()), labels=list(parts), colors=[color for _, color in parts.values()], step="post")
+        axes.stackplot(
+            seconds,
+            *(values for values, _ in parts.values()),
+            labels=list(parts),
+            colors=[color for _, color in parts.values()],
+            step="post",
+        )
         axes.step(seconds, [one.wanted for one in samples], where="post", color="black", linewidth=1.4, label="replicas that serving wants")
         for begin, until in zip(bounds[1::2], bounds[2::2], strict=False):
             axes.axvspan(begin, until, color="#ffa94d", alpha=0.15, linewidth=0)

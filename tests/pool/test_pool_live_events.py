@@ -10,7 +10,13 @@ def sample(at_s: float, wanted: int = 1, placed: int = 1, groups: int = 3, step:
 
 
 UP = [sample(0), sample(1, wanted=3), sample(2, wanted=3, placed=2, groups=1), sample(4, wanted=3, placed=3, groups=1)]
-DOWN = [sample(5, placed=3, groups=1, step=7), sample(6, groups=1, step=8, free=2), sample(9, groups=2, step=9), sample(10, step=9), sample(11, step=10)]
+DOWN = [
+    sample(5, placed=3, groups=1, step=7),
+    sample(6, groups=1, step=8, free=2),
+    sample(9, groups=2, step=9),
+    sample(10, step=9),
+    sample(11, step=10),
+]
 
 
 def test_each_replica_is_waited_for_from_when_it_is_wanted_to_when_it_has_a_slot() -> None:
@@ -28,7 +34,9 @@ def test_a_slot_is_back_when_a_step_was_taken_with_one_worker_more() -> None:
 
 
 def test_a_slot_that_another_replica_took_is_not_waited_for_and_one_that_nobody_took_is() -> None:
-    assert returns([*DOWN[:2], sample(7, placed=2, groups=1, free=1), sample(8, placed=2, groups=1, free=1)]) == [Change(6, 2, is_met=False)]
+    assert returns([*DOWN[:2], sample(7, placed=2, groups=1, free=1), sample(8, placed=2, groups=1, free=1)]) == [
+        Change(6, 2, is_met=False)
+    ]
     assert returns(UP) == []
 
 
