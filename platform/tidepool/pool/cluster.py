@@ -47,7 +47,7 @@ def _actors(rows: list[bytes]) -> Iterator[tuple[bytes, Actor]]:
     for row in map(gcs_pb2.ActorTableData.FromString, rows):
         if row.name:
             is_alive = row.state == gcs_pb2.ActorTableData.ALIVE
-            node = row.node_id or row.address.node_id
+            node = row.address.node_id if row.address.worker_id else b""  # without a worker it is that which was asked for room
             yield row.actor_id, Actor(row.name, row.ray_namespace, node.hex(), is_alive, dict(row.required_resources))
 
 
