@@ -3,22 +3,22 @@
     python benchmarks/pool_live.py [--json FILE] [--quick] [--minutes M] [--plot FILE] [--only ours|stock|stock3]
 
 A Ray cluster of this machine with four slots. A slot is one of Ray's logical CPUs: our serving refuses a logical GPU where there is no
-real one. Everything else on the cluster (drivers, coordinators, the gateway, Serve, Ray Train's controllers) takes no CPU of Ray's. A base model
-and two versions of an adapter are served by one to three replicas of a slot each. A run of one to four replica groups, of a slot each, takes the rest.
-Requests come over HTTP at random times, whatever becomes of those before: few, many, few, many, few, for an equal time each. Afterwards
-the run is stopped, and trained again to the same step with nothing happening to it.
+real one. Everything else on the cluster (drivers, coordinators, the gateway, Serve, Ray Train's controllers) takes no CPU of Ray's. A
+base model and two versions of an adapter are served by one to three replicas of a slot each. A run of one to four replica groups, of a
+slot each, takes the rest. Requests come over HTTP at random times, whatever becomes of those before: few, many, few, many, few, for an
+equal time each. Afterwards the run is stopped, and trained again to the same step with nothing happening to it.
 
 The other side: the same service, scaled by the same policy without the arbiter, and Ray Train's elastic `TorchTrainer`, from one worker to
 four. It cannot know that a slot is Serve's; so a second peer may have no more than three workers.
 
 `failed_requests`: without a complete answer. `lost_steps`: completed steps that were taken again, or are missing in the record of samples
 (of ours). `bits_equal`: weights and moments of the run and of the one that was left alone.
-`reclaim_s`, `reclaim_worst_s`: from when serving wants a replica (the arbiter's snapshot; on the other side its actor exists) until it has a
-slot. `return_s`, `return_worst_s`: from a slot's being free of a replica until the run takes steps with the worker that came for it. What did
-not happen counts until it was wanted no longer or until the end, and is counted in the note.
+`reclaim_s`, `reclaim_worst_s`: from when serving wants a replica (the arbiter's snapshot; on the other side its actor exists) until it
+has a slot. `return_s`, `return_worst_s`: from a slot's being free of a replica until the run takes steps with the worker that came for
+it. What did not happen counts until it was wanted no longer or until the end, and is counted in the note.
 `idle_slot_seconds`: slots that nobody holds in Ray's accounts, looked at ten times a second, as a part of slots x time.
-For information: `starting_share` (slots held by who does not work yet), `steps_per_s` in all (by phase in the runs), time to first token, and
-`requests`. All processes are on the same cores, the clients too: how long a process takes to start there is part of all these figures.
+For information: `starting_share` (slots held by who does not work yet), `steps_per_s` in all (by phase in the runs), time to first
+token, and `requests`. All processes are on the same cores, the clients too: how long a process takes to start there is part of all of it.
 """
 
 import argparse
@@ -31,6 +31,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,7 +139,7 @@ def figures_of(played: Played) -> Figures:
     failed = [one for _, one in played.answers if one.is_failure]
     first_s = [one.ttft_s for _, one in played.answers if one.times]
     used, seconds = shares(played.samples, NUM_SLOTS), played.bounds[-1]
-    by_phase = [num / (until - begin) for num, begin, until in zip(played.num_steps, played.bounds, played.bounds[1:], strict=False)]
+    by_phase = [num / (until - begin) for num, (begin, until) in zip(played.num_steps, pairwise(played.bounds), strict=True)]
     ttft_by_phase = [_median_ms(played, number, 0.5) for number in range(len(played.num_steps))]
     worst_by_phase = [_median_ms(played, number, 0.99) for number in range(len(played.num_steps))]
     return {

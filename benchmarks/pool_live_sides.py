@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,10 +20,10 @@ import ray
 from chaos import Run
 from http_load import Answered, complete
 from pool_live_events import Sample
+from ray.exceptions import RayError
 from recovery_cluster import end
 from recovery_sides import is_alive
 from recovery_timeline import Timeline
-from ray.exceptions import RayError
 
 from tidepool.errors import TidepoolError
 from tidepool.local_cluster import LocalCluster
@@ -186,7 +187,7 @@ def play(training: Training, cluster: LocalCluster, phases: Sequence[Phase], eos
     samples = [Sample(one.at_s - started, *_rest(one)) for one in watcher.samples if one.at_s >= started]
     steps = [step for step in training.timeline.steps if step.at_s >= started]
     first = {number: min(step.at_s for step in steps if step.number == number) - started for number in {step.number for step in steps}}
-    num_steps = [sum(begin <= at_s < until for at_s in first.values()) for begin, until in zip(bounds, bounds[1:], strict=False)]
+    num_steps = [sum(begin <= at_s < until for at_s in first.values()) for begin, until in pairwise(bounds)]
     all_steps = training.timeline.steps
     return Played(samples, answers, bounds, num_steps, len(all_steps) - len({step.number for step in all_steps}))
 
