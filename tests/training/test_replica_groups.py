@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -72,8 +73,9 @@ def read(path: Path) -> str:
 def waiting(*others: int) -> Iterator[int]:
     """The processes that began as those of workers, but for these, and have imported torch."""
     for process in psutil.process_iter(["pid", "environ"]):
-        if RUNTIME_ENV["env_vars"].items() <= (process.info["environ"] or {}).items() and process.pid not in others:
-            if any("libtorch" in part.path for part in process.memory_maps()):
+        is_worker = RUNTIME_ENV["env_vars"].items() <= (process.info["environ"] or {}).items() and process.pid not in others
+        with suppress(psutil.NoSuchProcess):
+            if is_worker and any("libtorch" in part.path for part in process.memory_maps()):
                 yield process.pid
 
 
