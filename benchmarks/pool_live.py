@@ -43,6 +43,7 @@ from chaos import Run, digests, samples
 from http_load import percentile
 from pool_live_events import Change, reclaims, returns, shares
 from pool_live_sides import MAX_REPLICAS, NUM_SLOTS, Ours, Phase, Played, Stock, Training, engines, play, wait_until
+from pool_plots import draw_slots, pyplot
 
 from tests.serving.models import Published, publish
 from tests.training.conftest import prepare_dataset
@@ -217,6 +218,8 @@ def main() -> int:
     parser.add_argument("--plot", type=Path, metavar="FILE", help="a PNG of who held what; needs matplotlib")
     parser.add_argument("--only", choices=["ours", *PEERS], help="leave the other sides out")
     options = parser.parse_args()
+    if options.plot:
+        pyplot()  # or it would be missed only after all that is measured
     os.environ |= {"TIDEPOOL_LOG": "json", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
     minutes = 2.5 if options.quick else options.minutes
@@ -242,8 +245,6 @@ def main() -> int:
             f"target {one['target']}  reached {one['reached']}  {one['ours_note']} | {one['peer_note']}"
         )
     if options.plot:
-        from pool_plots import draw_slots
-
         draw_slots({name: (played.samples, played.bounds) for name, played in seen.items()}, NUM_SLOTS, options.plot)
     return 0
 

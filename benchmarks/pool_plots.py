@@ -18,8 +18,8 @@ _SHOWN = {
 
 def draw(week: Week, title: str, path: Path) -> None:
     """Write a PNG: utilisation (with serving's part) above, jobs that wait below, over the days."""
-    pyplot = _pyplot()
-    figure, (above, below) = pyplot.subplots(2, 1, figsize=(11, 7), sharex=True, constrained_layout=True)
+    plots = pyplot()
+    figure, (above, below) = plots.subplots(2, 1, figsize=(11, 7), sharex=True, constrained_layout=True)
     serving = week["ours 1x"]
     above.fill_between(
         [s / 86_400 for s, *_ in serving], [part for _, _, part, _ in serving], color="#d0ebff", label="serving (in one pool)"
@@ -37,13 +37,13 @@ def draw(week: Week, title: str, path: Path) -> None:
     for axes in (above, below):
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    plots.close(figure)
 
 
 def draw_slots(sides: Mapping[str, tuple[Sequence[Sample], Sequence[float]]], num_slots: int, path: Path) -> None:
     """Write a PNG: for each side, by its name, who held the slots over time, what serving wanted, and its phases, many requests shaded."""
-    pyplot = _pyplot()
-    figure, rows = pyplot.subplots(len(sides), 1, figsize=(11, 1 + 2.3 * len(sides)), sharex=True, squeeze=False, constrained_layout=True)
+    plots = pyplot()
+    figure, rows = plots.subplots(len(sides), 1, figsize=(11, 1 + 2.3 * len(sides)), sharex=True, squeeze=False, constrained_layout=True)
     for axes, (name, (samples, bounds)) in zip(rows[:, 0], sides.items(), strict=True):
         seconds = [one.at_s for one in samples]
         training = [max(0.0, num_slots - one.free - one.placed) for one in samples]
@@ -73,15 +73,16 @@ def draw_slots(sides: Mapping[str, tuple[Sequence[Sample], Sequence[float]]], nu
     rows[-1, 0].set_xlabel("seconds (shaded: many requests; white above the colours: nobody holds the slot)")
     rows[0, 0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.12), ncols=5, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    plots.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """Matplotlib's, for files; ends the process where there is none."""
     try:
         import matplotlib
     except ImportError:
         sys.exit("error: a plot needs matplotlib: pip install matplotlib")
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plots
 
-    return pyplot
+    return plots
