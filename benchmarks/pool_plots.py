@@ -41,9 +41,10 @@ def draw(week: Week, title: str, path: Path) -> None:
 
 
 def draw_slots(sides: Mapping[str, tuple[Sequence[Sample], Sequence[float]]], num_slots: int, path: Path) -> None:
-    """Write a PNG: for each side, by its name, who held the slots over time, what serving wanted, and its phases, many requests shaded."""
+    """Write a PNG: for each side, by its name, who held the slots over time, what serving wanted, and when there were many requests."""
     plots = pyplot()
     figure, rows = plots.subplots(len(sides), 1, figsize=(11, 1 + 2.3 * len(sides)), sharex=True, squeeze=False, constrained_layout=True)
+    top = num_slots + 0.4
     for axes, (name, (samples, bounds)) in zip(rows[:, 0], sides.items(), strict=True):
         seconds = [one.at_s for one in samples]
         training = [max(0.0, num_slots - one.free - one.placed) for one in samples]
@@ -65,12 +66,13 @@ def draw_slots(sides: Mapping[str, tuple[Sequence[Sample], Sequence[float]]], nu
         )
         axes.step(seconds, [one.wanted for one in samples], where="post", color="black", linewidth=1.4, label="replicas that serving wants")
         for begin, until in zip(bounds[1::2], bounds[2::2], strict=False):
-            axes.axvspan(begin, until, color="#ffa94d", alpha=0.15, linewidth=0)
-        axes.set_ylim(0, num_slots + 0.1)
+            axes.axvspan(begin, until, ymin=(num_slots + 0.15) / top, color="#ffa94d", linewidth=0)
+        axes.set_ylim(0, top)
+        axes.set_xlim(0, bounds[-1])
         axes.set_yticks(range(num_slots + 1))
         axes.set_ylabel("slots")
         axes.set_title(name, loc="left", fontsize=10)
-    rows[-1, 0].set_xlabel("seconds (shaded: many requests; white above the colours: nobody holds the slot)")
+    rows[-1, 0].set_xlabel("seconds (orange: many requests; white between colours and orange: nobody holds the slot)")
     rows[0, 0].legend(loc="lower center", bbox_to_anchor=(0.5, 1.12), ncols=5, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plots.close(figure)
