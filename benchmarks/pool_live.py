@@ -42,7 +42,7 @@ import ray
 from chaos import Run, digests, samples
 from http_load import percentile
 from pool_live_events import Change, reclaims, returns, shares
-from pool_live_sides import MAX_REPLICAS, NUM_SLOTS, Ours, Phase, Played, Stock, Training, engines, play, wait_until
+from pool_live_sides import MAX_REPLICAS, NUM_SLOTS, Ours, Phase, Played, Stock, Training, play, wait_until
 from pool_plots import draw_slots, pyplot
 
 from tests.serving.models import Published, publish
@@ -96,7 +96,7 @@ def measure(folder: Path, who: str, minutes: float) -> tuple[str, Figures, Playe
         signal.signal(signal.SIGTERM, handler)  # Ray's own ends the process at once, and nothing that was started
         replicas = {"scale": _SCALE, "cpus_per_replica": 1}
         local_cluster.serve(cluster, ["base", "bot@1", "bot@2"], replicas=replicas, engine={"weights": "fp32", "max_batch_size": 4})
-        wait_until(lambda: any(one.is_alive for one in engines(read_cluster())), "a replica")
+        wait_until(lambda: any(one.is_alive for one in read_cluster().replicas), "a replica")
         run = Run(cluster, folder, store_url, who, _STEPS, num_shards=12, max_groups=NUM_SLOTS)
         training: Training = Ours(cluster, run) if who == "ours" else Stock(cluster, run.path, folder, PEERS[who])
         played = _train_and_play(training, cluster, published, minutes)

@@ -105,8 +105,8 @@ class Ours:
         try:
             snapshot = ray.get(ray.get_actor(ARBITER, NAMESPACE).snapshot.remote(), timeout=_ASK_TIMEOUT_S)
         except (ValueError, RayError):  # it is being started again
-            return len(engines(view))
-        return sum(one["wanted"] for one in snapshot.get("deployments", []) if _is_engine(one["name"]))
+            return len(view.replicas)
+        return sum(one["wanted"] for one in snapshot.get("deployments", []))
 
     def progress(self) -> tuple[int, int]:
         status = self.run.status()
@@ -144,7 +144,7 @@ class Stock:
             time.sleep(_LOOK_EVERY_S)
 
     def num_wanted(self, view: ClusterView) -> int:
-        return len(engines(view))  # Serve makes a replica's actor as soon as it wants it; there it waits for a place
+        return len(view.replicas)  # Serve makes a replica's actor as soon as it wants it; there it waits for a place
 
     def progress(self) -> tuple[int, int]:
         workers: dict[int, tuple[int, int]] = {}
@@ -159,15 +159,6 @@ class Stock:
     def stop(self) -> None:
         end(self._process)
         self.timeline.close()
-
-
-def engines(view: ClusterView) -> list[Any]:
-    """Serve's actors that are, or shall be, engine replicas."""
-    return [one for one in view.replicas if _is_engine(one.deployment)]
-
-
-def _is_engine(deployment: str) -> bool:
-    return deployment.rpartition("/")[2].startswith("Engine-")
 
 
 def _logs(cluster: LocalCluster) -> list[Path]:
@@ -243,7 +234,7 @@ class Watcher:
 
     def _look(self) -> Sample:
         view = read_cluster()
-        placed = [one for one in engines(view) if one.node]
+        placed = [one for one in view.replicas if one.node]  # who needs a slot: the gateway and its like need none
         groups, step = self._training.progress()
         free = ray.available_resources().get("CPU", 0.0)
         wanted = self._training.num_wanted(view)
