@@ -45,7 +45,7 @@ def store(cluster: LocalCluster, tmp_path_factory: pytest.TempPathFactory) -> Ob
 def served(cluster: LocalCluster, tmp_path: Path) -> Iterator[Published]:
     """A base and an adapter, with a replica of one slot that traffic makes two of."""
     published = publish(cluster.store_url, tmp_path / "models", base="pair-tides", adapter="pair-bot", context_length=512)
-    scale = {"min": 1, "max": 2, "ttft_s": 20, "up_after_s": 0.5, "down_after_s": 2}
+    scale = {"min": 1, "max": 2, "ttft_s": 20, "up_after_s": 0.5, "down_after_s": 4}
     replicas = {"scale": scale, "cpus_per_replica": 1}
     local_cluster.serve(cluster, ["pair-tides", "pair-bot"], replicas=replicas, engine={"weights": "fp32", "max_batch_size": 4})
     yield published
@@ -107,11 +107,21 @@ def test_serving_takes_a_slot_and_gives_it_back_and_neither_costs_a_request_or_a
     undisturbed_texts = asyncio.run(Client(cluster, served, temperature=0).all())
 
     async def ask_until(condition: Callable[[], bool]) -> None:
-        """Sixteen streams again and again, each of which must be answered, and as it was before."""
+        """Streams all the time, each of which must be answered, and as it was before."""
+        is_over = asyncio.Event()
+
+        async def ask_on() -> None:
+            while not is_over.is_set():
+                assert await Client(cluster, served, temperature=0).some(6) == undisturbed_texts[:6]
+
+        clients = [asyncio.create_task(ask_on()) for _ in range(3)]
         deadline = time.monotonic() + _TIMEOUT_S
         while not await asyncio.to_thread(condition):
             assert time.monotonic() < deadline
-            assert await Client(cluster, served, temperature=0).all() == undisturbed_texts
+            assert not any(client.done() for client in clients)
+            await asyncio.sleep(0.1)
+        is_over.set()
+        await asyncio.gather(*clients)
 
     asyncio.run(ask_until(lambda: len(replica_pids(cluster)) == 2))
     job.wait_for_status(loaded(2))
