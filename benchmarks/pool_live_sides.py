@@ -33,7 +33,7 @@ from tidepool.pool.cluster import read_cluster
 ROOT = Path(__file__).resolve().parents[1]
 NUM_SLOTS, MAX_REPLICAS = 4, 3
 MODELS = ("base", "bot@1", "bot@2")
-NUM_TOKENS = 64
+NUM_TOKENS = 96
 _LOOK_EVERY_S = 0.1
 _READY_TIMEOUT_S = 300.0
 _STOCK_PATIENCE_S = 120.0
