@@ -45,6 +45,7 @@ from tests.stores.proxy import Fault, no_faults, proxy, random_faults
 from tests.training.conftest import prepare_dataset
 from tidepool.checkpoint import Checkpoints, Incarnation, RunLog
 from tidepool.data import Dataset, find_dataset
+from tidepool.local_cluster import LocalCluster
 from tidepool.messages import NAMESPACE, Pause, Request, Resize, Stop
 from tidepool.specs import RunSpec, load_spec
 from tidepool.storage import ObjectStore, open_store
@@ -64,16 +65,31 @@ Row = dict[str, Any]
 class Run:
     """A run on the cluster, as often as it is submitted."""
 
-    def __init__(self, cluster: Cluster, folder: Path, store_url: str, name: str, steps: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster | LocalCluster,
+        folder: Path,
+        store_url: str,
+        name: str,
+        steps: int,
+        num_shards: int = 6,
+        max_groups: int = NUM_GROUPS,
+    ) -> None:
         self.name, self._cluster, self._folder = name, cluster, folder
-        training = {"steps": steps, "global_batch_size": 12, "num_shards": 6, "micro_batch_size": 2, "precision": "fp32"}
+        training = {
+            "steps": steps,
+            "global_batch_size": 2 * num_shards,
+            "num_shards": num_shards,
+            "micro_batch_size": 2,
+            "precision": "fp32",
+        }
         training |= {"evaluate_every_steps": 10**6, "evaluate_num_samples": 1}
         training |= {"optimizer": {"learning_rate": 1e-4, "schedule": "constant"}}
         spec = {"store": store_url, "run": name, "dataset": "tides", "seed": 3, "model": {"config": MODEL}, "training": training}
-        spec |= {"checkpoint": {"every_steps": 10, "keep": 3}, "elastic": {"min": 1, "max": NUM_GROUPS}, "workers": {"max_restarts": 1000}}
-        self._path = folder / f"{name}.yaml"
-        self._path.write_text(yaml.safe_dump(spec))
-        self.spec = load_spec(self._path, RunSpec)
+        spec |= {"checkpoint": {"every_steps": 10, "keep": 3}, "elastic": {"min": 1, "max": max_groups}, "workers": {"max_restarts": 1000}}
+        self.path = folder / f"{name}.yaml"
+        self.path.write_text(yaml.safe_dump(spec))
+        self.spec = load_spec(self.path, RunSpec)
         self.num_submitted = 0
 
     def submit(self) -> None:
@@ -81,7 +97,7 @@ class Run:
         self.num_submitted += 1
         with (self._folder / f"{self.name}-{self.num_submitted}.log").open("wb") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "jobs/train.py", str(self._path)],
+                [sys.executable, "jobs/train.py", str(self.path)],
                 cwd=ROOT,
                 env=self._cluster.environment,
                 stdout=log,

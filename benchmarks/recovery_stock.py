@@ -1,11 +1,11 @@
 """Stock Ray Train at the work of `recovery`: the job that a user of `TorchTrainer` would write, with its elasticity.
 
-    python benchmarks/recovery_stock.py SPEC.yaml FOLDER [--timeout-s SECONDS] [--monitor-s SECONDS]
+    python benchmarks/recovery_stock.py SPEC.yaml FOLDER [--timeout-s SECONDS] [--monitor-s SECONDS] [--max-workers N]
 
 The same model, samples, optimizer and checkpoint interval as Tidepool's run of that spec; DDP over gloo; a checkpoint through
 `ray.train.report` into FOLDER, and on from `ray.train.get_checkpoint()` after a failure or a resize. Everything that is not
 the run's own is left at Ray Train's default, unless it is given: `--timeout-s`, after which gloo gives a collective up, and
-`--monitor-s`, how often Ray Train considers another size.
+`--monitor-s`, how often Ray Train considers another size (from one worker to `--max-workers`).
 """
 
 import argparse
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("folder")
     parser.add_argument("--timeout-s", type=int, default=_DEFAULT_TIMEOUT_S)
     parser.add_argument("--monitor-s", type=float, default=_DEFAULT_MONITOR_S)
+    parser.add_argument("--max-workers", type=int, default=MAX_WORKERS)
     options = parser.parse_args()
     spec = load_spec(options.spec, RunSpec)
     ray.init("auto", namespace="recovery")
@@ -51,7 +52,9 @@ def main() -> None:
         train_loop_config={"spec": spec},
         torch_config=TorchConfig(backend="gloo", timeout_s=options.timeout_s),
         scaling_config=ScalingConfig(
-            num_workers=(1, MAX_WORKERS), resources_per_worker={"CPU": 1}, elastic_resize_monitor_interval_s=options.monitor_s
+            num_workers=(1, options.max_workers),
+            resources_per_worker={"CPU": 1},
+            elastic_resize_monitor_interval_s=options.monitor_s,
         ),
         run_config=RunConfig(
             name=spec.run,

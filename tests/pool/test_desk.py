@@ -201,6 +201,38 @@ def test_what_others_hold_is_no_room() -> None:
     assert world.sizes() == {"a": 3}
 
 
+def test_no_second_group_goes_for_a_replica_whose_place_ray_has_given_and_not_named_yet() -> None:
+    world = World(4)
+    world.replicas = [ReplicaActor("app", "chat", "r1", "n0", True, ONE)]
+    world.add("a")
+    rounds(world, 3)
+    assert world.sizes() == {"a": 3}
+    world.replicas.append(ReplicaActor("app", "chat", "r2", "", False, ONE))
+    while world.sizes() == {"a": 3}:
+        world.round()
+    world.others["n0"] = 1  # Ray's accounts have it as soon as there is room; its table of actors, once the process runs
+    rounds(world, 10)
+    assert world.sizes() == {"a": 2}
+    world.others["n0"], world.replicas[1] = 0, ReplicaActor("app", "chat", "r2", "n0", True, ONE)
+    rounds(world, 3)
+    assert world.sizes() == {"a": 2}
+    world.replicas.append(ReplicaActor("app", "chat", "r3", "", False, ONE))
+    rounds(world, 3)
+    assert world.sizes() == {"a": 1}, "one that pends while all is held by who is known gets a place"
+
+
+def test_what_somebody_else_has_taken_meanwhile_is_a_replicas_place_for_a_while_only() -> None:
+    world = World(2)
+    world.add("a", most=1)
+    rounds(world, 3)
+    world.others["n0"] = 1
+    world.replicas.append(ReplicaActor("app", "chat", "r1", "", False, ONE))
+    rounds(world, 10)
+    assert world.sizes() == {"a": 1}
+    rounds(world, 40)
+    assert world.sizes() == {"a": 0}
+
+
 def test_a_desk_that_starts_anew_listens_first() -> None:
     world = World(4)
     world.add("a")

@@ -10,7 +10,7 @@ Invariants:
 - Groups start only where no replica of Serve's that is wanted could go: the policy serves first, in every round anew.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from tidepool.messages import (
@@ -48,6 +48,8 @@ SILENT_S = 5.0
 """A run whose driver has said nothing for so long, and that Ray knows no driver of, is gone."""
 _WISH_S = 15.0
 """A deployment's wish holds for so long. Then as many replicas are wanted as Serve has asked for."""
+_COMING_S = 30.0
+"""So long after a replica was wanted, what is held and nobody's may be its own."""
 _NOTHING = Resources(0, 0)
 
 
@@ -103,6 +105,8 @@ class Desk:
         self._wishes: dict[str, Wish] = {}
         self._view = ClusterView((), {})
         self._others: dict[str, Resources] = {}
+        self._unplaced: dict[str, float] = {}
+        """Since when these replicas have had no node, as far as Ray says."""
         self.quotas: tuple[Quota, ...] = ()
         self.reservations: tuple[Reservation, ...] = ()
         self.quarantined: Mapping[str, str] = {}
@@ -117,7 +121,9 @@ class Desk:
 
     def see_cluster(self, view: ClusterView, now_s: float) -> None:
         """Take in what Ray says."""
-        self._view = view
+        self._unplaced = {one.name: self._unplaced.get(one.name, now_s) for one in view.replicas if not one.node}
+        new = {name for name, since_s in self._unplaced.items() if now_s - since_s < _COMING_S}
+        self._view = view = seated(view, self._runs.values(), self._others, new)
         for run, known in list(self._runs.items()):
             if run not in view.runs and now_s - known.heard_s > SILENT_S:
                 del self._runs[run]
@@ -326,6 +332,29 @@ def _run(known: _Known) -> Run:
         used_gpu_s=account.used_gpu_s,
         as_of_s=account.as_of_s,
     )
+
+
+def seated(view: ClusterView, runs: Iterable[_Known], others: Mapping[str, Resources], new: Collection[str]) -> ClusterView:
+    """What Ray says, with the new replicas on the nodes that they have a place on: Ray names it only once their process runs, seconds later.
+
+    So what is held on a node beyond all that is known (of `others`, too) is theirs.
+    """
+    held = dict(others)
+    for known in runs:
+        for group in known.groups:
+            _add(held, group.places, known.report.worker)
+    for replica in view.replicas:
+        if replica.node:
+            _add(held, ((replica.node, 1),), replica.resources)
+    left = {node.name: _left(node, view.free.get(node.name, _NOTHING), held.get(node.name, _NOTHING)) for node in view.nodes}
+    replicas = []
+    for replica in view.replicas:
+        fits = (node for node, one in left.items() if one.gpus >= replica.resources.gpus and one.cpus >= replica.resources.cpus)
+        if replica.name in new and (node := next(fits, None)) is not None:
+            left[node] = Resources(left[node].gpus - replica.resources.gpus, left[node].cpus - replica.resources.cpus)
+            replica = replace(replica, node=node)
+        replicas.append(replica)
+    return replace(view, replicas=tuple(replicas))
 
 
 def others(view: ClusterView, runs: Iterable[_Known], before: Mapping[str, Resources]) -> dict[str, Resources]:

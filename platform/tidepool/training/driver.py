@@ -118,8 +118,7 @@ class _Run:
         """End everything that is left of the run in the cluster."""
         self._ended.set()
         self._pulse.join()
-        for number in list(self._groups.running):
-            self._groups.end(number)
+        self._groups.close()
         self._pool.close(self._spec.run, self._session)
         ray.kill(self._coordinator)
 
@@ -189,6 +188,7 @@ class _Run:
                 self._used_grants.add(grant.name)
                 group = self._groups.start(grant.name, grant.places)
                 _logger.info("starting replica group %d: %s", group.number, grant.reason)
+        self._groups.stand_by(orders.num_groups)
 
     def _report_now(self, orders: Orders) -> RunReport:
         """What the run has and wants. A group that did not come is not asked for again at once."""

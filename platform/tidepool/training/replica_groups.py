@@ -27,11 +27,14 @@ from tidepool.scratch import ScratchFolder
 from tidepool.specs import WorkersSpec
 from tidepool.telemetry import configure_logging
 from tidepool.training.coordinator import Condemned
+from tidepool.training.standby import RUNTIME_ENV, start_processes
 from tidepool.training.task import Task
 from tidepool.training.versions import installed_versions
 
 _ORPHANED_WITHIN_S = 30.0
 """So long after a launcher was ended its controller may still be dying."""
+_SETTLE_S = 10.0
+"""So long after a group has ended what took its place still starts, and needs the cores."""
 _NODE_LABEL = "ray.io/node-id"
 WorkerFunction = Callable[[Mapping[str, Any]], None]
 """What runs in each process of a replica group: its `task`, the number of its `group`, the driver's `versions`."""
@@ -43,6 +46,10 @@ class Launcher:
     def __init__(self, versions: Mapping[str, str]) -> None:
         self._versions = versions
         os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # the driver looks for nodes that are about to go
+
+    def load(self) -> None:
+        """Import what `fit` needs."""
+        import tidepool.training.trainer  # noqa: F401
 
     def fit(self, worker: WorkerFunction, task: Task, group: int, places: Places) -> tuple[Exception, str, tuple[int, ...]] | None:
         """Run one replica group, there, to its end; returns its error with a traceback and the ranks at fault, None if it ended well."""
@@ -65,7 +72,10 @@ class Launcher:
                 train_loop_config={"task": task, "group": group, "versions": self._versions},
                 scaling_config=scaling,
                 run_config=RunConfig(
-                    name=f"{task.spec.run}-{task.session}-{group}", storage_path=folder, failure_config=FailureConfig(max_failures=0)
+                    name=f"{task.spec.run}-{task.session}-{group}",
+                    storage_path=folder,
+                    failure_config=FailureConfig(max_failures=0),
+                    worker_runtime_env=RUNTIME_ENV,
                 ),
             )
             try:
@@ -111,12 +121,36 @@ class ReplicaGroups:
         self._worker, self._task = worker, task
         self.num_started = 0
         self.running: dict[int, ReplicaGroup] = {}
+        self._vacated: list[Places] = []
+        """Where groups were, the latest last."""
+        self._standby: list[ActorHandle] = []
+        """Launchers that wait."""
         self._ended_at = float("-inf")
+
+    def stand_by(self, most: int) -> None:
+        """Have launchers and processes wait where groups have left, for up to `most` groups in all; nothing while anything changes."""
+        if self.pending() or time.monotonic() - self._ended_at < _SETTLE_S:
+            return
+        missing = most - len(self.running) - len(self._standby)
+        for _ in range(min(missing, len(self._vacated))):
+            launcher = _new_launcher()
+            launcher.load.remote()
+            self._standby.append(launcher)
+            start_processes(self._vacated.pop())
+
+    def close(self) -> None:
+        """End them all, and what waits."""
+        for number in list(self.running):
+            self.end(number)
+        for launcher in self._standby:
+            ray.kill(launcher)
 
     def start(self, grant: str, places: Places) -> ReplicaGroup:
         """Start another group on what was granted; it pends until what was there before has left."""
         self.num_started += 1
-        launcher = ray.remote(num_cpus=0)(Launcher).remote(installed_versions())
+        if places in self._vacated:
+            self._vacated.remove(places)
+        launcher = self._standby.pop() if self._standby else _new_launcher()
         fit = launcher.fit.remote(self._worker, self._task, self.num_started, places)
         group = ReplicaGroup(self.num_started, grant, places, launcher, fit, time.time())
         self.running[group.number] = group
@@ -124,7 +158,9 @@ class ReplicaGroups:
 
     def end(self, number: int) -> None:
         """End a group: its launcher, and with it the workers; `wait` sees to the placement group, whether it is held or pends."""
-        ray.kill(self.running.pop(number).launcher)
+        group = self.running.pop(number)
+        ray.kill(group.launcher)
+        self._vacated.append(group.places)
         self._ended_at = time.monotonic()
 
     def wait(self, timeout_s: float, others: Collection["ray.ObjectRef[Any]"] = ()) -> list[Ended]:
@@ -157,6 +193,10 @@ class ReplicaGroups:
     def pending(self) -> list[ReplicaGroup]:
         """The groups of which no worker has ever reported."""
         return [group for group in self.running.values() if not group.has_come]
+
+
+def _new_launcher() -> ActorHandle:
+    return ray.remote(num_cpus=0)(Launcher).remote(installed_versions())
 
 
 def _remove_orphans() -> None:
