@@ -55,6 +55,13 @@ def test_memory_is_used_again(executor: Executor) -> None:
     assert bytes(first) == bytes(second)
 
 
+def test_it_begins_with_a_page_so_that_a_disk_takes_it_as_it_is(executor: Executor) -> None:
+    snapshot = Snapshot()
+    for rows in (3, 90_000):
+        snapshot.begin(tensors(1, rows), executor)
+        assert torch.frombuffer(snapshot.data(), dtype=torch.uint8).data_ptr() % 4096 == 0
+
+
 def test_what_changes_after_it_settled_is_not_in_it() -> None:
     may_copy = threading.Event()
     with ThreadPoolExecutor(1) as busy:

@@ -5,8 +5,11 @@ used again for the next snapshot, and pinned where the state lies on a GPU; ther
 """
 
 import json
+import mmap
+import sys
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -83,7 +86,7 @@ class Snapshot:
         first = 8 + len(text)
         self._num_bytes = first + end
         if self._num_bytes > self._buffer.numel():
-            self._buffer = torch.empty(self._num_bytes + _SLACK, dtype=torch.uint8, pin_memory=is_pinned)
+            self._buffer = _allocate(self._num_bytes + _SLACK, is_pinned)
         self._buffer[:first] = torch.frombuffer(bytearray(len(text).to_bytes(8, "little") + text), dtype=torch.uint8)
         self._views = [
             self._buffer[first + header[name]["data_offsets"][0] : first + header[name]["data_offsets"][1]]
@@ -92,6 +95,16 @@ class Snapshot:
             for name, source in sources.items()
         ]
         self._laid_out = wanted
+
+
+def _allocate(num_bytes: int, is_pinned: bool) -> Tensor:
+    """Host memory from the start of a page, as a disk takes it; in large pages where there are some, which are soon there."""
+    if is_pinned or sys.platform != "linux":
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=is_pinned)
+    memory = mmap.mmap(-1, num_bytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _copy(views: list[Tensor], sources: list[Tensor]) -> None:

@@ -20,6 +20,7 @@ from urllib.parse import quote, unquote
 
 from tidepool.errors import ObjectExistsError, ObjectNotFoundError, StoreAccessError, StoreError, StoreFullError
 from tidepool.storage.base import Data, ObjectInfo, check_key, check_prefix
+from tidepool.storage.direct import write_all
 
 _TEMPORARY = "~tmp"
 _TEMPORARY_AGE_S = 86_400
@@ -102,7 +103,7 @@ class LocalStore:
                     with data.open("rb") as source:
                         shutil.copyfileobj(source, file, 2**20)
                 else:
-                    file.write(data)
+                    write_all(file, data)
                 file.flush()
                 os.fsync(file.fileno())
         except BaseException:  # also of an interrupt: what cannot be finished must not lie around
