@@ -335,9 +335,9 @@ def _run(known: _Known) -> Run:
 
 
 def seated(view: ClusterView, runs: Iterable[_Known], others: Mapping[str, Resources], new: Collection[str]) -> ClusterView:
-    """What Ray says, with the new replicas on the nodes that they have a place on: Ray names it only once their process runs, seconds later.
+    """What Ray says, with the new replicas on the nodes that they have a place on, which Ray names only once their process runs.
 
-    So what is held on a node beyond all that is known (of `others`, too) is theirs.
+    That is seconds later. So what is held on a node beyond all that is known (of `others`, too) is theirs.
     """
     held = dict(others)
     for known in runs:
@@ -347,14 +347,14 @@ def seated(view: ClusterView, runs: Iterable[_Known], others: Mapping[str, Resou
         if replica.node:
             _add(held, ((replica.node, 1),), replica.resources)
     left = {node.name: _left(node, view.free.get(node.name, _NOTHING), held.get(node.name, _NOTHING)) for node in view.nodes}
-    replicas = []
+    nodes: dict[str, str] = {}
     for replica in view.replicas:
-        fits = (node for node, one in left.items() if one.gpus >= replica.resources.gpus and one.cpus >= replica.resources.cpus)
+        needs = replica.resources
+        fits = (node for node, one in left.items() if one.gpus >= needs.gpus and one.cpus >= needs.cpus)
         if replica.name in new and (node := next(fits, None)) is not None:
-            left[node] = Resources(left[node].gpus - replica.resources.gpus, left[node].cpus - replica.resources.cpus)
-            replica = replace(replica, node=node)
-        replicas.append(replica)
-    return replace(view, replicas=tuple(replicas))
+            left[node] = Resources(left[node].gpus - needs.gpus, left[node].cpus - needs.cpus)
+            nodes[replica.name] = node
+    return replace(view, replicas=tuple(replace(one, node=nodes.get(one.name, one.node)) for one in view.replicas))
 
 
 def others(view: ClusterView, runs: Iterable[_Known], before: Mapping[str, Resources]) -> dict[str, Resources]:
