@@ -1,5 +1,6 @@
 """The demo: from a folder of text to a served model and an adapter, with a replica group killed on the way, and one added;
-then a new version of the adapter, published while the first one is being asked.
+then a new version of the adapter, published while the first one is being asked; and a rush of questions, for which serving takes a part
+of the pool from a run and gives it back.
 
     make demo
 
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -35,7 +36,7 @@ from corpus import write_chats, write_source
 from tidepool import local_cluster
 from tidepool.errors import TidepoolError
 from tidepool.local_cluster import LocalCluster
-from tidepool.messages import NAMESPACE
+from tidepool.messages import ARBITER, NAMESPACE, Stop
 from tidepool.registry import Registry
 from tidepool.specs import RunSpec, load_spec
 from tidepool.storage import open_store
@@ -50,6 +51,9 @@ ADAPTER_MARGIN = 0.5
 """The adapter must be better than its base by at least this, on docstrings it has not seen."""
 _TIMEOUT_S = 900
 _POLL_S = 0.05
+_SCALE = {"min": 1, "max": 2, "up_after_s": 0.5, "down_after_s": 3.0}
+_NUM_CLIENTS = 24
+"""More than one replica can answer at a time."""
 _SAMPLING = {"temperature": 0.6, "seed": 1}  # a model this small, asked for the likeliest token each time, repeats itself
 
 
@@ -69,6 +73,19 @@ class Kill:
     added_group: int
     seconds_to_start_it: float
     longest_pause_as_it_joined_s: float
+
+
+@dataclass(frozen=True)
+class Tide:
+    """What a rush of questions took from a run, and when the run had it again. All counted from the beginning or the end of the rush."""
+
+    groups_before: int
+    groups_during: int
+    seconds_to_give: float
+    seconds_to_serve: float
+    seconds_to_have_it_again: float
+    answers: int
+    failed: int
 
 
 def main() -> int:
@@ -126,9 +143,10 @@ def _run(cluster: LocalCluster) -> dict[str, Any]:
     _check_margin("adapter", adapter, ADAPTER_MARGIN)
     names = [result["published"].partition("@")[0] for result in (base, adapter)]
     _say(f"Serving {' and '.join(names)}")
-    local_cluster.serve(cluster, names)
+    local_cluster.serve(cluster, names, replicas={"scale": _SCALE}, engine={"max_batch_size": _NUM_CLIENTS // 3})
     answers = [_complete(cluster, names[0]), _chat(cluster, names[1])]
     update = _publish_while_asked(cluster, adapter["published"])
+    tide = _tide(cluster, names[1])
     return {
         "python": sys.version.split()[0],
         "base": base,
@@ -137,6 +155,7 @@ def _run(cluster: LocalCluster) -> dict[str, Any]:
         "margins": {"base": BASE_MARGIN, "adapter": ADAPTER_MARGIN},
         "answers": answers,
         "update": update,
+        "tide": asdict(tide),
         "api_url": cluster.api_url,
         "dashboard_url": cluster.dashboard_url,
     }
@@ -181,6 +200,19 @@ def _train(cluster: LocalCluster, name: str, with_a_kill: bool) -> tuple[dict[st
     if name == "adapter":
         _job(["jobs/prepare.py", str(FOLDER / "docs.yaml")], FOLDER / "prepare-docs.log")
     spec = load_spec(f"demo/{name}.yaml", RunSpec)
+    with _submitted(cluster, spec, name) as (job, log):
+        watch = _follow(spec, job, with_a_kill)
+    result = read_result(open_store(cluster.store_url), spec.run)
+    if result is None:
+        end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+        raise DemoError(f"Run {spec.run} did not finish; the end of {log}:\n{end}")
+    print(f"  published {result['published']}; held-out loss {result['held_out_loss_before']:.3f} -> {result['held_out_loss_after']:.3f}")
+    return result, watch.cost(result) if with_a_kill else None
+
+
+@contextmanager
+def _submitted(cluster: LocalCluster, spec: RunSpec, name: str) -> Iterator[tuple["subprocess.Popen[bytes]", Path]]:
+    """A run as a Ray job, and its log; at the end it is told to go, if it has not ended."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--working-dir", ".", "--", "python", "jobs/train.py"]
     command.append(f"demo/{name}.yaml")
     _say(f"Training {spec.run} on up to {spec.elastic.max} replica groups: ray {' '.join(command[3:])}")
@@ -188,16 +220,10 @@ def _train(cluster: LocalCluster, name: str, with_a_kill: bool) -> tuple[dict[st
     with log.open("wb") as output:
         job = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=cluster.environment | _quiet())
         try:
-            watch = _follow(spec, job, with_a_kill)
+            yield job, log
         finally:
             job.terminate()
             job.wait()
-    result = read_result(open_store(cluster.store_url), spec.run)
-    if result is None:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
-        raise DemoError(f"Run {spec.run} did not finish; the end of {log}:\n{end}")
-    print(f"  published {result['published']}; held-out loss {result['held_out_loss_before']:.3f} -> {result['held_out_loss_after']:.3f}")
-    return result, watch.cost(result) if with_a_kill else None
 
 
 def _quiet() -> dict[str, str]:
@@ -349,6 +375,62 @@ def _publish_while_asked(cluster: LocalCluster, before: str) -> dict[str, Any]:
     return {"before": before, "after": result["published"], "answers": dict(asking.answers), "failed": asking.num_failed}
 
 
+# --- One pool --------------------------------------------------------------------------------------------------------
+
+
+def _tide(cluster: LocalCluster, model: str) -> Tide:
+    """Have a long run take the rest of the pool, let many ask at once, and see who has what. Raises `DemoError` if an answer fails."""
+    spec = load_spec("demo/tide.yaml", RunSpec)
+    with _submitted(cluster, spec, "tide") as (job, log):
+        full = _wait_for_groups(spec.run, job, log, lambda number: number == spec.elastic.max)
+        print(f"  it has the rest of the pool: {full} groups. Now {_NUM_CLIENTS} clients ask {model} at once", flush=True)
+        begun = time.monotonic()
+        with Asking(cluster.api_url, model, _NUM_CLIENTS, max_tokens=64) as rush:
+            fewer = _wait_for_groups(spec.run, job, log, lambda number: number < full)
+            gave_s = time.monotonic() - begun
+            print(f"  serving wanted a place: {gave_s:.1f} s after the first question the run goes on with {fewer} groups", flush=True)
+            _wait_for_replicas(2)
+            served_s = time.monotonic() - begun
+            print(f"  a second replica answers after {served_s:.1f} s; the clients stop", flush=True)
+        ended = time.monotonic()
+        _wait_for_groups(spec.run, job, log, lambda number: number == full)
+        again_s = time.monotonic() - ended
+        print(f"  {again_s:.1f} s later the run has its {full} groups again", flush=True)
+        ray.get(ray.get_actor(coordinator_name(spec.run), NAMESPACE).ask.remote(Stop(spec.run)))
+        job.wait(_TIMEOUT_S)
+    answers = rush.answers.total()
+    if rush.num_failed or not answers:
+        raise DemoError(f"Serving gets its place without a failed answer: here {rush.num_failed} failed, and {answers} did not.")
+    return Tide(full, fewer, round(gave_s, 1), round(served_s, 1), round(again_s, 1), answers, rush.num_failed)
+
+
+def _wait_for_groups(run: str, job: "subprocess.Popen[bytes]", log: Path, condition: Callable[[int], bool]) -> int:
+    """How many groups take steps, once it meets a condition. Raises `DemoError` if that does not happen."""
+    deadline = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < deadline and job.poll() is None:
+        status = _status(run)
+        if status is not None and status["is_stepping"] and condition(len(status["groups"])):
+            return len(status["groups"])
+        time.sleep(_POLL_S)
+    end = "\n".join(log.read_text(errors="replace").splitlines()[-20:])
+    raise DemoError(f"Run {run} did not get or give its place; the end of {log}:\n{end}")
+
+
+def _wait_for_replicas(number: int) -> None:
+    deadline = time.monotonic() + _TIMEOUT_S
+    arbiter = ray.get_actor(ARBITER, NAMESPACE)
+    while _num_running(ray.get(arbiter.snapshot.remote())) < number:
+        if time.monotonic() > deadline:
+            raise DemoError(f"No {number} replicas answer within {_TIMEOUT_S} s.")
+        time.sleep(_POLL_S)
+
+
+def _num_running(snapshot: dict[str, Any]) -> int:
+    """Replicas that answer, in what the pool was decided on last (defaults are left out)."""
+    replicas = [replica for one in snapshot.get("deployments", ()) for replica in one.get("replicas", ())]
+    return sum(replica.get("state", "running") == "running" for replica in replicas)
+
+
 # --- Telling ---------------------------------------------------------------------------------------------------------
 
 
@@ -377,6 +459,11 @@ def _print_table(summary: dict[str, Any]) -> None:
     update = summary["update"]
     counted = ", then ".join(f"{number} answers by {version}" for version, number in update["answers"].items())
     print(f"the update     {counted}; {update['failed']} failed")
+    print(
+        "the tide       {groups_before} groups; while many asked {groups_during}; {groups_before} again".format(**summary["tide"]), end=" "
+    )
+    print("({seconds_to_give} s after the first question, {seconds_to_have_it_again} s after the last)".format(**summary["tide"]), end="; ")
+    print("{answers} answers, {failed} failed".format(**summary["tide"]))
     print(f"\nAPI            {summary['api_url']} (ended with the demo)\ndashboard      {summary['dashboard_url']} (ended with the demo)")
     print(f"took           {summary['seconds']} s; all figures: {FOLDER}/summary.json")
     print("go on          make up      serve these two again, with the dashboard, until `make down`")
