@@ -114,6 +114,15 @@ def test_two_that_count_at_once_count_nothing_twice(store: ObjectStore) -> None:
     assert NOON_S + 1100 < day.until_s <= NOON_S + 1201
 
 
+def test_one_that_was_stopped_and_wakes_takes_nothing_from_what_another_counted(store: ObjectStore) -> None:
+    stopped = UsageLog(store)
+    keep(stopped, SEA, 0, 60)
+    keep(UsageLog(store), SEA, 61, 1000)
+    keep(stopped, SEA, 1001, 1062)
+    [day] = read_usage(store)
+    assert (day.until_s, gpu_s(store)) == (NOON_S + 1062, 3 * 1062)
+
+
 def test_a_night_is_written_to_the_end_of_its_day(store: ObjectStore) -> None:
     log = UsageLog(store)
     for second in range(-90, 91):

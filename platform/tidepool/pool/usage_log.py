@@ -148,26 +148,25 @@ class UsageLog:
             *before, last = (*self._days[:-1], *advance(self._days[-1], now_s))
             self._days = (*before, replace(last, held=held))
             if before or now_s - self._written_s >= WRITE_EVERY_S:
-                self._write()
-                self._written_s = now_s
+                self._written_s = now_s if self._write() else float("-inf")
             self._problem = ""
         except StoreError as error:
             if str(error) != self._problem:  # once, not every second
                 _logger.warning("What projects use cannot be written for now: %s", error)
             self._problem = str(error)
 
-    def _write(self) -> None:
-        while self._days:
+    def _write(self) -> bool:
+        """Write what is not written; False if another one counts, too: then go on from what it has counted."""
+        while True:
             day, *after = self._days
             try:
                 written = _append(self._store, day)
             except ObjectExistsError:
-                self._days = ()  # another one counts, too: go on from what it has counted
-                return
-            self._days = (written, *after)
+                self._days = ()
+                return False
+            self._days = tuple(after) or (written,)
             if not after:
-                return
-            self._days = tuple(after)
+                return True
 
 
 def read_usage(store: ObjectStore, since: date | None = None) -> list[Day]:
@@ -206,9 +205,12 @@ def _append(store: ObjectStore, day: Day) -> Day:
     value = {"until_s": day.until_s, "held": [asdict(one) for one in day.held], "used": [asdict(one) for one in day.used]}
     prefix, number = _prefix(day.name), day.number + 1
     append(store, prefix, value, expected_number=number)
-    for older in log_numbers(store, prefix):
+    numbers = log_numbers(store, prefix)
+    for older in numbers:
         if older < number:
             store.delete(f"{prefix}{older}.json")
+    if numbers[-1] > number:  # the number was free because somebody else had used it and was done with it
+        raise ObjectExistsError(f"{prefix}{number}.json of {store.url} is not the newest: {numbers[-1]}.json is there.")
     return replace(day, number=number)
 
 
