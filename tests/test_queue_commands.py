@@ -30,7 +30,7 @@ RESTART = {"run": "dead", "project": "sea", "deaths": 2, "is_given_up": False, "
 VIEW: dict[str, Any] = {
     "queue": [WAITS | {"waiting_since_s": time.time() - 300}],
     "runs": [HOLDS | {"waiting_since_s": None}],
-    "deployments": [{"name": "app/chat", "project": "lake", "wanted": 3, "allowed": 2, "replicas": 2}],
+    "deployments": [{"name": "app/chat", "project": "lake", "wanted": 3, "allowed": 2, "replicas": 2, "reason": "full"}],
     "nodes": NODES,
     "resubmissions": [
         RESTART | {"next_s": time.time() + 18_000},
@@ -169,7 +169,7 @@ def test_who_holds_what_is_told(capsys: Captured) -> None:
         ["n1", "H100", "8", "8", "64", "64", "quarantined: disk full"],
     ]
     assert cells(runs.splitlines()[1]) == ["small", "lake", "basic", "0", "3 (1 to 4)"]
-    assert cells(deployments.splitlines()[1]) == ["app/chat", "lake", "2", "3", "2"]
+    assert cells(deployments.splitlines()[1]) == ["app/chat", "lake", "2", "3", "2", "full"]
 
 
 def test_the_pool_as_json_and_empty(capsys: Captured, pool: FakePool) -> None:

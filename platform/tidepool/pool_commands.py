@@ -122,9 +122,10 @@ def _show(options: argparse.Namespace, pool: Pool) -> None:
     for run in view["runs"]:
         groups = f"{run['groups']} ({run['min']} to {run['max']})"
         runs.append((run["run"], run["project"], run["tier"], str(run["priority"]), groups))
-    deployments = [("DEPLOYMENT", "PROJECT", "REPLICAS", "WANTED", "ALLOWED")]
+    deployments = [("DEPLOYMENT", "PROJECT", "REPLICAS", "WANTED", "ALLOWED", "WHY NOT MORE")]
     for one in view["deployments"]:
-        deployments.append((one["name"], one["project"], *(str(one[key]) for key in ("replicas", "wanted", "allowed"))))
+        allowed = "-" if one["allowed"] is None else str(one["allowed"])
+        deployments.append((one["name"], one["project"], str(one["replicas"]), str(one["wanted"]), allowed, one["reason"]))
     blocks = [table(rows) for rows in (nodes, runs, deployments) if len(rows) > 1]
     print("\n\n".join("\n".join(block) for block in blocks) or "The cluster has no nodes yet.")
 

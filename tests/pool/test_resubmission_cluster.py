@@ -1,5 +1,6 @@
 """On a real cluster: drivers that are killed, stopped, or lost with the whole cluster; the arbiter goes on with those that are wanted."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -145,6 +146,33 @@ def test_a_run_that_a_person_stops_is_not_submitted_again(start: Callable[[], Lo
     Cluster(cluster.environment).stop("by-name", pause=True)
     until(lambda: queued(store, "by-name").state == "done", "the pause is not noted")
     assert (queued(store, "by-name").job, queued(store, "by-name").reason) == (job, "paused")
+
+
+def test_people_see_the_queue_and_change_it(start: Callable[[], LocalCluster], store: ObjectStore) -> None:
+    cluster = start()
+    endless = {**LONG, "training": {"steps": 100_000, "evaluate_every_steps": 100_001}}
+    submit(cluster, make_run(store.url, "holds", elastic={"min": 2, "max": 2}, **endless))
+    wait_for_commit(store, "holds", 1)
+    submit(cluster, make_run(store.url, "waits", pool={"project": "sea"}, **endless))
+
+    def tidepool(*command: str) -> str:
+        line = [sys.executable, "-m", "tidepool.cli", *command]
+        done = subprocess.run(line, env=cluster.environment, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        return done.stdout
+
+    [waits] = until(lambda: json.loads(tidepool("queue", "--json"))["queue"], "nobody is in the queue")
+    assert (waits["run"], waits["place"], waits["project"], waits["groups"], waits["min"]) == ("waits", 1, "sea", 0, 1)
+    assert waits["waiting_since_s"] == pytest.approx(queued(store, "waits").submitted_s)
+    assert waits["reason"]
+    assert tidepool("runs", "set-priority", "waits", "7") == "Run waits has priority 7 now.\n"
+    assert json.loads(tidepool("queue", "--json"))["queue"][0]["priority"] == 7
+    shown = json.loads(tidepool("pool", "show", "--json"))
+    assert [(run["run"], run["groups"]) for run in shown["runs"]] == [("holds", 2)]
+    assert [(node["cpus"], node["free_cpus"]) for node in shown["nodes"]] == [(2, 0)]
+    (snapshot := Path(str(store.url).removeprefix("file://")).parent / "snapshot.json").write_text(tidepool("pool", "snapshot"))
+    assert "run waits (standard, priority 7" in tidepool("pool", "explain", str(snapshot))
+    until(lambda: "default" in tidepool("pool", "usage"), "what is used is not written")
 
 
 def test_after_the_loss_of_the_head_one_command_brings_the_runs_back(

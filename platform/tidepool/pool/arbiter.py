@@ -24,6 +24,7 @@ from tidepool.pool.inspection import Inspector
 from tidepool.pool.ray_jobs import RayJobs
 from tidepool.pool.recording import snapshot_to_json
 from tidepool.pool.rules import Rules
+from tidepool.pool.telling import tell
 from tidepool.telemetry.logs import configure_logging
 
 _logger = logging.getLogger(__name__)
@@ -118,6 +119,12 @@ class Arbiter:
         """Go on with the runs that are wanted in a store."""
         self._begin()
         self._books.watch(store_url)
+
+    async def view(self) -> dict[str, Any]:
+        """Who holds what and who waits, as JSON, for `tidepool queue` and `tidepool pool show`."""
+        self._begin()
+        desk = self._desk
+        return tell(desk.snapshot, desk.waits, desk.view, desk.allowed, desk.quarantined, self._books.resubmissions())
 
     async def snapshot(self) -> dict[str, Any]:
         """What was decided on last, as JSON, for `tidepool pool explain`."""
