@@ -134,11 +134,20 @@ def sweep(store: ObjectStore) -> dict[str, int]:
             numbers.setdefault(run, {})[int(name.removesuffix(".json"))] = info.modified_at
     for run, at in list(numbers.items()):
         last = max(at)
-        if datetime.now(UTC) - at[last] > _KEPT and read_entry(store, _prefix(run), last).value.get("event") == "done":
+        if datetime.now(UTC) - at[last] > _KEPT and _is_end(store, run, last):
             for number in sorted(at):
                 store.delete(f"{_prefix(run)}{number}.json")
             del numbers[run]
     return {run: max(at) for run, at in numbers.items()}
+
+
+def _is_end(store: ObjectStore, run: str, number: int) -> bool:
+    try:
+        return read_entry(store, _prefix(run), number).value.get("event") == "done"
+    except StoreUnreachableError:
+        raise
+    except StoreError:  # whoever reads the run is told that it is damaged
+        return False
 
 
 # --- By people -------------------------------------------------------------------------------------------------------

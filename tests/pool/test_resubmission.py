@@ -16,7 +16,7 @@ from tidepool.pool.resubmission import CallOff, GiveUp, JobState, Patience, Resu
 from tidepool.pool.resubmitter import Resubmitter
 from tidepool.run_queue import QueuedRun, note_done, note_wanted, read_queued
 from tidepool.specs import RunSpec, parse_spec
-from tidepool.storage import ObjectStore, open_store, put_json
+from tidepool.storage import ObjectStore, append, open_store, put_json
 
 PATIENCE = Patience()
 RUN = QueuedRun("tides", "default", {}, 1, 0.0, "job-1", begun_s=0.0)
@@ -300,6 +300,18 @@ def test_nothing_is_decided_while_the_job_service_or_the_store_is_away(world: Wo
         patched.setattr(resubmitter, "read_queued", away)
         assert world.step(one, 500) == []
     assert len(world.step(one, 10)) == 1
+
+
+def test_a_damaged_entry_holds_up_nobody_else(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.begin("broken", 1, "job-0")
+    append(world.store, "queue/broken/", {"event": "sublimated"})
+    world.begin("tides", 1, "job-1")
+    world.living = _NOBODY
+    world.jobs.states.clear()
+    [job] = world.step(Resubmitter(world.store, world.jobs), 10)
+    assert job.startswith("tides-")
+    [said] = [record.message for record in caplog.records if "broken" in record.message]
+    assert said.startswith("Run broken is not submitted again: queue/broken/2.json cannot be understood")
 
 
 def test_a_submission_that_fails_counts_and_is_tried_again_after_a_longer_pause(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from tidepool.errors import ClusterError, StoreError
+from tidepool.errors import ClusterError, StoreError, StoreUnreachableError
 from tidepool.job_folder import new_job_id
 from tidepool.pool.resubmission import CallOff, GiveUp, JobState, Patience, Resubmit, Wait, decide, num_short_lives
 from tidepool.run_queue import (
@@ -63,7 +63,8 @@ class Resubmitter:
         self._known: dict[str, QueuedRun] = {}
         """The runs of this pool that are not done, as last read."""
         self._missing: dict[str, _Missing] = {}
-        self._problem = ""
+        self._problems: set[str] = set()
+        """What has been said of what goes wrong since the list was read: once, not every second."""
 
     def step(self, living_runs: frozenset[str], now_s: float) -> None:
         """Do what is to be done now; `living_runs` have a driver in the cluster."""
@@ -74,11 +75,8 @@ class Resubmitter:
                     self._missing.pop(run.run, None)
                 else:
                     self._look_after(run.run, now_s)
-            self._problem = ""
         except (StoreError, ClusterError) as error:
-            if str(error) != self._problem:  # once, not every second
-                _logger.warning("Runs whose drivers died are not submitted for now: %s", error)
-            self._problem = str(error)
+            self._say(f"Runs whose drivers died are not submitted for now: {error}")
 
     def state(self) -> list[dict[str, Any]]:
         """The runs that wait for another driver, and those that were given up, as JSON."""
@@ -92,6 +90,7 @@ class Resubmitter:
     def _list(self, living_runs: frozenset[str], now_s: float) -> None:
         """Read the whole list from time to time, and at once those that came and went since."""
         if self._listed_s is None or now_s - self._listed_s >= _LIST_EVERY_S:
+            self._problems.clear()
             newest = sweep(self._store)
             for name, number in newest.items():
                 known = self._known.get(name)
@@ -141,7 +140,13 @@ class Resubmitter:
 
     def _read(self, name: str) -> QueuedRun | None:
         """A run as the store has it now, if it is a job of this pool's and not done."""
-        run = read_queued(self._store, name)
+        try:
+            run = read_queued(self._store, name)
+        except StoreUnreachableError:
+            raise
+        except StoreError as error:  # one that is damaged must not hold up the others
+            self._say(f"Run {name} is not submitted again: {error}")
+            run = None
         if run is None or run.pool != self._pool or run.state == "done" or run.job is None:
             self._forget(name)
             return None
@@ -153,6 +158,11 @@ class Resubmitter:
     def _forget(self, name: str) -> None:
         self._known.pop(name, None)
         self._missing.pop(name, None)
+
+    def _say(self, problem: str) -> None:
+        if problem not in self._problems:
+            _logger.warning("%s", problem)
+        self._problems.add(problem)
 
 
 def _told(run: QueuedRun, deaths: int, reason: str, next_s: float | None = None) -> dict[str, Any]:
