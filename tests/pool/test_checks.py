@@ -24,7 +24,7 @@ def begin(request: Mapping[str, Any], **environment: str) -> "subprocess.Popen[s
     """A check as a process, as an inspection starts it."""
     command = [sys.executable, "-m", "tidepool.pool.checks", json.dumps(dict(request))]
     variables = os.environ | {"PYTHONPATH": str(Path(tidepool.__path__[0]).parent)} | environment
-    return subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def answer(check: "subprocess.Popen[str]") -> Any:
@@ -49,8 +49,8 @@ def test_a_product_that_is_wrong_is_found(monkeypatch: pytest.MonkeyPatch) -> No
     assert host_rate()[1]
     right = checks.fastest
 
-    def broken(once: Any) -> Any:
-        product, took_s = right(once)
+    def broken(once: Any, clock: Any) -> Any:
+        product, took_s = right(once, clock)
         product[17, 23] += 1
         return product, took_s
 
@@ -78,6 +78,16 @@ def test_a_check_ends_with_its_input() -> None:
     assert check.stdout is not None
     check.stdout.close()
     assert not psutil.pid_exists(check.pid) or psutil.Process(check.pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_check_that_fails_says_why_last() -> None:
+    check = begin({"rank": 0})
+    assert check.stdout is not None
+    assert "missing 3 required positional arguments" in check.stdout.read().splitlines()[-1]
+    assert check.wait(TIMEOUT_S) == 1
+    assert check.stdin is not None
+    check.stdin.close()
+    check.stdout.close()
 
 
 def test_two_processes_measure_an_all_reduce() -> None:

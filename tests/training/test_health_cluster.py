@@ -5,20 +5,18 @@ The second node is quarantined, vacated, checked again and used again; the run g
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import ray
 
 from tests.training.conftest import make_run, prepare_dataset, publish_base, train_here
 from tests.training.jobs import Job, Status, bits
 from tests.training.nodes import ADDRESS, second_node
+from tests.training.throttling import throttled
 from tidepool.local_cluster import LocalCluster
 from tidepool.messages import ARBITER, NAMESPACE
 from tidepool.pool.arbiter import Arbiter
@@ -114,31 +112,6 @@ def on_second(node: str, size: int = 3) -> Callable[[Status], bool]:
 def worker_on(status: Status, node: str) -> dict[str, Any]:
     found: dict[str, Any] = next(worker for worker in status["workers"] if worker["rank"] is not None and worker["node_id"] == node)
     return found
-
-
-@contextmanager
-def throttled(pid: int) -> Iterator[None]:
-    """A process that gets a fifth of its time."""
-    over = threading.Event()
-
-    def throttle() -> None:
-        process = psutil.Process(pid)
-        try:
-            while not over.is_set():
-                process.suspend()
-                over.wait(0.04)
-                process.resume()
-                over.wait(0.01)
-        except psutil.NoSuchProcess:
-            return  # its group has left
-
-    thread = threading.Thread(target=throttle)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def test_the_node_of_a_throttled_worker_is_vacated_and_comes_back(

@@ -23,6 +23,7 @@ import numpy as np
 from tidepool.pool.gpu_driver import ask_driver
 
 T = TypeVar("T")
+Clock = Callable[[], float]
 _SIZE = 512
 _SPAN_S = 0.1
 _CACHE_VARIABLE = "TIDEPOOL_CACHE"  # as in `storage.cache`, which takes seconds to import
@@ -59,7 +60,9 @@ def disks(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def host_rate() -> tuple[float, bool]:
-    """Multiplications and additions per second of a matrix product on the CPU, and whether the product is right.
+    """Multiplications and additions of a matrix product per second of processor time, and whether the product is right.
+
+    Processor time: what else happens on the machine is no fault of its processor.
 
     The factors hold small whole numbers, so that floats hold the product exactly; it is compared with what integers give, after a
     product of both with a vector (Freivalds, 1977), which takes a fraction of the time.
@@ -67,24 +70,24 @@ def host_rate() -> tuple[float, bool]:
     numbers = np.arange(_SIZE)
     left, right = (numbers[:, None] * 3 + numbers) % 7, (numbers[:, None] + numbers * 5) % 11
     floats = left.astype(np.float32), right.astype(np.float32)
-    product, took_s = fastest(lambda: floats[0] @ floats[1])
+    product, took_s = fastest(lambda: floats[0] @ floats[1], time.process_time)
     weights = numbers % 13
     is_right = np.array_equal(product.astype(np.int64) @ weights, left @ (right @ weights))
     return 2 * _SIZE**3 / took_s, is_right
 
 
-def timed(once: Callable[[], T]) -> tuple[T, float]:
+def timed(once: Callable[[], T], clock: Clock = time.perf_counter) -> tuple[T, float]:
     """What `once` returns, and the seconds that it took."""
-    started = time.perf_counter()
+    started = clock()
     result = once()
-    return result, max(time.perf_counter() - started, 1e-9)
+    return result, max(clock() - started, 1e-9)
 
 
-def fastest(once: Callable[[], T], span_s: float = _SPAN_S) -> tuple[T, float]:
+def fastest(once: Callable[[], T], clock: Clock = time.perf_counter, span_s: float = _SPAN_S) -> tuple[T, float]:
     """What `once` returns, and the shortest time in seconds that it took in `span_s`, three times at least."""
     times_s: list[float] = []
     while len(times_s) < 3 or sum(times_s) < span_s:
-        result, took_s = timed(once)
+        result, took_s = timed(once, clock)
         times_s.append(took_s)
     return result, min(times_s)
 
@@ -106,7 +109,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _end_with_stdin() -> None:
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # without a buffer, whose lock would hold up the end of the process
+        pass
     os._exit(1)
 
 

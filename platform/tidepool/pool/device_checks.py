@@ -49,7 +49,7 @@ def gpu_rate(number: int) -> tuple[float, bool]:
         torch.cuda.synchronize(device)
         return product
 
-    product, took_s = fastest(once, _SPAN_S)
+    product, took_s = fastest(once, span_s=_SPAN_S)
     weights = (numbers % 13).double()
     is_right = torch.equal(product.double() @ weights, left.double() @ (right.double() @ weights))  # whole numbers below 2^53
     return 2 * _SIZE**3 / took_s, is_right

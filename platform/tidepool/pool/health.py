@@ -114,6 +114,8 @@ class _Known:
     check: int | None = None
     num_silent: int = 0
     num_slow: int = 0
+    num_narrow: int = 0
+    """How many times in a row its bandwidth with others was far below theirs."""
     figures: Figures | None = None
     partners: dict[str, float] = field(default_factory=dict)
     """Bytes per second of the all-reduces with other nodes, 0 where one failed."""
@@ -354,7 +356,12 @@ class Health:
         for known in measured:
             own = statistics.median(known.partners.values())
             if usual_with_others is None or own >= FAR_BELOW * usual_with_others:
+                known.num_narrow = 0
                 yield from self._return(known, now_s) if known.waits_for_partners else ()
+                continue
+            known.num_narrow += 1
+            if known.num_narrow < self._rules.num_tries:
+                known.partners.clear()  # measured anew: it may have been a busy moment
             elif "bandwidth" not in known.refused:
                 yield from self._condemn(known, [bandwidth_finding("bandwidth", own, usual_with_others, "with other nodes")], now_s)
 
@@ -363,7 +370,7 @@ class Health:
     def _condemn(self, known: _Known, found: list[Finding], now_s: float) -> Iterator[Decision]:
         name, kind, why = known.node.name, found[0].kind, "; ".join(finding.why for finding in found)
         yield from self._call_off(known)
-        known.num_silent = known.num_slow = 0
+        known.num_silent = known.num_slow = known.num_narrow = 0
         known.is_due, known.is_admitted = True, True
         if known.quarantine is None and (refusal := self._refusal(kind)):
             known.not_before_s = now_s + self._rules.hold_s

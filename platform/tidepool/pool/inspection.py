@@ -30,6 +30,10 @@ _HIDES_GPUS = ("CUDA_VISIBLE_DEVICES",)
 """What Ray sets where a task asked for none."""
 
 
+_ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""So that rates compare between nodes with more cores and fewer."""
+
+
 @dataclass
 class _Running:
     """A check that was begun; of one between two nodes, first the one that finds out where to meet."""
@@ -147,7 +151,7 @@ def _inspect(request: Mapping[str, Any]) -> Any:
     """Run a check in a process of its own; returns what it prints last, read as JSON. Raises `RuntimeError` with its last words."""
     paths = [str(Path(tidepool.__path__[0]).parent), os.environ.get("PYTHONPATH", "")]
     variables = {name: value for name, value in os.environ.items() if name not in _HIDES_GPUS}
-    variables["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    variables |= {"PYTHONPATH": os.pathsep.join(path for path in paths if path), **_ONE_THREAD}
     command = [sys.executable, "-m", "tidepool.pool.checks", json.dumps(dict(request))]
     process = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
