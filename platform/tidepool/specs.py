@@ -387,7 +387,10 @@ class ScaleSpec(Spec):
 
 
 class ReplicasSpec(Spec):
-    """Replicas of each base model's deployment (so many, or as `scale` says), what each of them gets, and whose quota they draw on."""
+    """Replicas of each base model's deployment (so many, or as `scale` says), what each of them gets, and whose quota they draw on.
+
+    The pool counts whole GPUs, or CPUs of replicas without: a part of one is one.
+    """
 
     num_replicas: Count = 1
     scale: ScaleSpec | None = None

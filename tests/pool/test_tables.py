@@ -63,6 +63,7 @@ def test_replicas_that_need_room_are_seen_whether_they_run_or_pend() -> None:
         replica("SERVE_REPLICA::app#engine#x2", node="", is_alive=False, GPU=1.0, CPU=2.0),
         replica("SERVE_REPLICA::engine#x3", node="ff" * 28),
         replica("SERVE_REPLICA::engine#x4", node="ff" * 28, CPU=1.0),
+        replica("SERVE_REPLICA::app#engine#x6", GPU=0.25, CPU=1.5),
         replica("SERVE_CONTROLLER_ACTOR", CPU=1.0),
         replace(replica("SERVE_REPLICA::app#engine#x5", CPU=1.0), namespace="another"),
     )
@@ -71,6 +72,7 @@ def test_replicas_that_need_room_are_seen_whether_they_run_or_pend() -> None:
         ReplicaActor("app", "engine", "SERVE_REPLICA::app#engine#x1", "a", True, Resources(0, 1)),
         ReplicaActor("app", "engine", "SERVE_REPLICA::app#engine#x2", "", False, Resources(1, 2)),
         ReplicaActor("", "engine", "SERVE_REPLICA::engine#x4", "", True, Resources(0, 1)),
+        ReplicaActor("app", "engine", "SERVE_REPLICA::app#engine#x6", "a", True, Resources(1, 2)),
     )
 
 

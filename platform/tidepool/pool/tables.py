@@ -6,6 +6,7 @@ Invariants:
 - A node type of which the autoscaler has lately got no node is offered with none available, so that another is asked for.
 """
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -116,8 +117,8 @@ def _whole(resources: Mapping[str, float]) -> Resources:
 
 
 def _replica(actor: Actor, up: set[str]) -> ReplicaActor | None:
-    """An actor of Serve's as a replica; None if it is something else, or needs no room."""
-    resources = _whole(actor.resources)
+    """An actor of Serve's as a replica; None if it is something else, or needs no room. A part of a GPU or CPU is one, as its wish says."""
+    resources = Resources(*(math.ceil(actor.resources.get(name, 0) - _ROUNDING) for name in ("GPU", "CPU")))
     if not actor.name.startswith(_REPLICA_PREFIX) or resources == Resources(0, 0):
         return None
     *application, deployment, _ = actor.name.removeprefix(_REPLICA_PREFIX).split("#")

@@ -23,7 +23,7 @@ from tidepool.specs import ServingSpec
 from tidepool.storage import open_store
 
 _LOOKUP_DEADLINE_S = 5.0
-_SHORTEST_ROUND_S, _LONGEST_ROUND_S = 0.2, 1.0
+_SHORTEST_ROUND_S, _LONGEST_ROUND_S = 0.2, 2.0
 _FAILED = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 _logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Keeper:
         self._bases = Bases(base_id(base.digest) for base in plan.bases)
 
     async def run(self) -> None:
-        """Keep them, for ever: at once when a name moves or a replica comes, and every second."""
+        """Keep them, for ever: at once when a name moves or a replica comes, else every two seconds."""
         while True:
             view = await self._directory.watch("", -1, 0)
             try:
