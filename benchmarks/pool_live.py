@@ -142,11 +142,8 @@ def _compare(ours: Ours, played: Played, cluster: LocalCluster, folder: Path) ->
 def figures_of(played: Played) -> Figures:
     """What is read off a side."""
     failed = [one for _, one in played.answers if one.is_failure]
-    first_s = [one.ttft_s for _, one in played.answers if one.times]
     used, seconds = shares(played.samples, NUM_SLOTS), played.bounds[-1]
     by_phase = [num / (until - begin) for num, (begin, until) in zip(played.num_steps, pairwise(played.bounds), strict=True)]
-    ttft_by_phase = [_median_ms(played, number, 0.5) for number in range(len(played.num_steps))]
-    worst_by_phase = [_median_ms(played, number, 0.99) for number in range(len(played.num_steps))]
     return {
         "failed_requests": (len(failed), [], "; ".join(sorted({f"{one.status} {one.error}"[:120] for one in failed})[:3])),
         "lost_steps": (played.num_repeated, [], f"{played.num_repeated} steps taken again"),
@@ -155,15 +152,19 @@ def figures_of(played: Played) -> Figures:
         "idle_slot_seconds": (used.idle, [], f"{used.idle * NUM_SLOTS * seconds:.0f} of {NUM_SLOTS * seconds:.0f} slot seconds"),
         "starting_share": (used.starting, [], ""),
         "steps_per_s": (sum(played.num_steps) / seconds, by_phase, "by phase"),
-        "ttft_p50_ms": (percentile(first_s, 0.5) * 1000, ttft_by_phase, "by phase"),
-        "ttft_p99_ms": (percentile(first_s, 0.99) * 1000, worst_by_phase, "by phase"),
+        "ttft_p50_ms": _ttft_ms(played, 0.5),
+        "ttft_p99_ms": _ttft_ms(played, 0.99),
         "requests": (len(played.answers), [], ""),
     }
 
 
-def _median_ms(played: Played, number: int, share: float) -> float:
-    values = [one.ttft_s * 1000 for phase, one in played.answers if phase == number and one.times]
-    return percentile(values, share) if values else float("nan")
+def _ttft_ms(played: Played, share: float) -> tuple[float, list[float], str]:
+    """The time to the first token that this share of the answers do not exceed, in all and in each phase."""
+    by_phase = [
+        [one.ttft_s * 1000 for phase, one in played.answers if phase == number and one.times] for number in range(len(played.num_steps))
+    ]
+    values = [percentile(one, share) if one else 0.0 for one in by_phase]
+    return percentile([one for phase in by_phase for one in phase], share), values, "by phase; 0: no answer"
 
 
 def _of_changes(name: str, changes: Sequence[Change]) -> Figures:

@@ -16,7 +16,7 @@ class Sample:
     wanted: int
     """Replicas that serving wants."""
     placed: int
-    """Replicas that have a slot."""
+    """Slots that replicas hold."""
     ready: int
     """Those of them that have started."""
     groups: int

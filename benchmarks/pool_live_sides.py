@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import ray
+import ray.util
 from chaos import Run
 from http_load import Answered, complete
 from pool_live_events import Sample
@@ -234,11 +235,18 @@ class Watcher:
 
     def _look(self) -> Sample:
         view = read_cluster()
-        placed = [one for one in view.replicas if one.node]  # who needs a slot: the gateway and its like need none
         groups, step = self._training.progress()
-        free = ray.available_resources().get("CPU", 0.0)
         wanted = self._training.num_wanted(view)
-        return Sample(time.monotonic(), wanted, len(placed), sum(one.is_alive for one in placed), groups, step, free)
+        free = ray.available_resources().get("CPU", 0.0)
+        held = NUM_SLOTS - free - num_reserved()
+        placed = min(len(view.replicas), max(0, round(held)))  # Ray's table of actors has it only when the process runs, seconds later
+        ready = min(placed, sum(one.is_alive for one in view.replicas))
+        return Sample(time.monotonic(), wanted, placed, ready, groups, step, free)
+
+
+def num_reserved() -> int:
+    """The slots that training has reserved: all placement groups are its own."""
+    return sum(len(one["bundles"]) for one in ray.util.placement_group_table().values() if one["state"] == "CREATED")
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

@@ -102,9 +102,12 @@ def kill_arbiter() -> None:
 def test_serving_takes_a_slot_and_gives_it_back_and_neither_costs_a_request_or_a_bit(
     cluster: LocalCluster, store: ObjectStore, served: Published, job: Job
 ) -> None:
+    def client() -> Client:
+        return Client(cluster, served, temperature=0, max_tokens=120)
+
     wait_for(lambda: len(replica_pids(cluster)) == 1)
     job.wait_for_status(loaded(3))
-    undisturbed_texts = asyncio.run(Client(cluster, served, temperature=0).all())
+    texts = asyncio.run(client().some(6))
 
     async def ask_until(condition: Callable[[], bool]) -> None:
         """Streams all the time, each of which must be answered, and as it was before."""
@@ -112,21 +115,21 @@ def test_serving_takes_a_slot_and_gives_it_back_and_neither_costs_a_request_or_a
 
         async def ask_on() -> None:
             while not is_over.is_set():
-                assert await Client(cluster, served, temperature=0).some(6) == undisturbed_texts[:6]
+                assert await client().some(6) == texts
 
-        clients = [asyncio.create_task(ask_on()) for _ in range(3)]
+        asking = [asyncio.create_task(ask_on()) for _ in range(3)]
         deadline = time.monotonic() + _TIMEOUT_S
         while not await asyncio.to_thread(condition):
             assert time.monotonic() < deadline
-            assert not any(client.done() for client in clients)
+            assert not any(one.done() for one in asking)
             await asyncio.sleep(0.1)
         is_over.set()
-        await asyncio.gather(*clients)
+        await asyncio.gather(*asking)
 
     asyncio.run(ask_until(lambda: len(replica_pids(cluster)) == 2))
     job.wait_for_status(loaded(2))
     kill_arbiter()
-    asyncio.run(Client(cluster, served, temperature=0).all())
+    assert asyncio.run(client().some(6)) == texts
     wait_for(lambda: len(replica_pids(cluster, ALL)) == 1)
     job.wait_for_status(loaded(3))
     job.open_gate(GATE_STEP)
