@@ -12,8 +12,7 @@ raw client: obstore's S3 client against an S3 server on loopback (moto: one proc
 synced for the file store. Ours has a manifest, checksums and sizes read back besides; the raw client overwrites. Old commits are
 removed after that, which counts in the stall and not here.
 
-`stall_s_of_copy_and_write` is what no checkpoint can go below on the same machine: the copy and the synced write alone, beside the
-same steps.
+`stall_s_of_copy_and_write` is what the copy and a plain synced write, through the page cache, cost by themselves beside the same steps.
 
 The peer is `torch.distributed.checkpoint.async_save` to files of the same disk, synced, as it comes, and its blocking `save`.
 """
@@ -174,7 +173,7 @@ class Torch:
 
 
 class Floor:
-    """The least that any checkpoint does: the same copy, and one file written and synced. No checksum, no manifest, no commit."""
+    """A checkpoint at its plainest: the same copy, and one file written and synced. No checksum, no manifest, no commit."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._snapshots = path, [Snapshot() for _ in range(3)]

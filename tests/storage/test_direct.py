@@ -52,8 +52,9 @@ def test_whole_blocks_go_past_the_page_cache_and_the_rest_follows(tmp_path: Path
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("num_good", [0, 1])
-def test_a_file_system_without_such_writes_gets_the_same_bytes(tmp_path: Path, kernel: Kernel, size: int, num_good: int) -> None:
-    kernel.error, kernel.num_good = errno.EINVAL, num_good
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EOPNOTSUPP, errno.EFAULT])
+def test_where_such_writes_are_refused_the_same_bytes_arrive(tmp_path: Path, kernel: Kernel, size: int, num_good: int, error: int) -> None:
+    kernel.error, kernel.num_good = error, num_good
     data, store = aligned(size), open_store(tmp_path.as_uri())
     store.put_if_absent("k", data)
     assert store.get("k") == bytes(data)

@@ -13,6 +13,8 @@ _MIN_BYTES = 2**20
 """Less is not worth it."""
 _BLOCK_BYTES = 4096
 _WRITE_BYTES = 64 * 2**20
+_UNFIT = (errno.EINVAL, errno.EOPNOTSUPP, errno.EFAULT)
+"""What the kernel says to a file system without such writes, to memory that is not aligned, and to a driver's memory."""
 
 
 def write_all(file: BufferedWriter, data: bytes | memoryview) -> None:
@@ -35,7 +37,7 @@ def _write_blocks(descriptor: int, blocks: memoryview) -> int:
         while written < len(blocks):
             written += os.write(descriptor, blocks[written : written + _WRITE_BYTES])
     except OSError as error:
-        if error.errno != errno.EINVAL:  # that is what is said to a file system without it, and to memory that is not aligned
+        if error.errno not in _UNFIT:
             raise
     finally:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
