@@ -38,13 +38,17 @@ _IDLE_S = 10.0
 _NOTICE_S = 60
 
 
-def node_type(cpus: int, market: str, most: int) -> dict[str, Any]:
+def node_type(name: str, cpus: int, market: str, most: int) -> dict[str, Any]:
     resources = {"CPU": cpus, "object_store_memory": 100 * 2**20}
-    labels = {"ray.io/market-type": market}
+    labels = {"ray.io/node-group": name, "ray.io/market-type": market}
     return {"resources": resources, "labels": labels, "node_config": {}, "min_workers": 0, "max_workers": most}
 
 
-NODE_TYPES = {"large": node_type(4, "on-demand", 1), "small": node_type(2, "on-demand", 2), "spot": node_type(2, "spot", 1)}
+NODE_TYPES = {
+    "large": node_type("large", 4, "on-demand", 1),
+    "small": node_type("small", 2, "on-demand", 2),
+    "spot": node_type("spot", 2, "spot", 1),
+}
 
 
 @pytest.fixture(scope="module")
