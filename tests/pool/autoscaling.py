@@ -21,6 +21,18 @@ from tidepool.local_cluster import LocalCluster
 _PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
 _HEAD_ID = "f" * 51 + "00000"
 """What that provider takes the head's id for."""
+_LISTS = (
+    "cluster_synced_files",
+    "rsync_exclude",
+    "rsync_filter",
+    "initialization_commands",
+    "setup_commands",
+    "head_setup_commands",
+    "worker_setup_commands",
+    "head_start_ray_commands",
+    "worker_start_ray_commands",
+)
+"""What is copied to and run on real nodes."""
 _OBJECT_STORE_BYTES = 100 * 2**20
 _START_TIMEOUT_S = 120
 
@@ -46,6 +58,9 @@ def autoscaling_cluster(store_url: str, node_types: Mapping[str, Any], idle_s: f
             "head_node_id": _HEAD_ID,
             "gcs_address": address,
         },
+        **{name: [] for name in _LISTS},
+        **{name: {} for name in ("auth", "docker", "file_mounts")},
+        "file_mounts_sync_continuously": False,
         "head_node_type": "ray.head.default",
         "available_node_types": {"ray.head.default": {"resources": {"CPU": 0}, "node_config": {}, "max_workers": 0}, **node_types},
     }

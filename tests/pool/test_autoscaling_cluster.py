@@ -20,7 +20,7 @@ import ray
 from tests.pool.autoscaling import autoscaling_cluster
 from tests.serving.models import publish
 from tests.training.conftest import check_exactly_once, make_run, prepare_dataset, publish_base, train_here
-from tests.training.jobs import Job, bits
+from tests.training.jobs import Job, Status, bits
 from tidepool import local_cluster
 from tidepool.local_cluster import LocalCluster
 from tidepool.messages import NAMESPACE, ClusterView, Node
@@ -38,13 +38,17 @@ _IDLE_S = 10.0
 _NOTICE_S = 60
 
 
-def node_type(cpus: int, market: str, most: int) -> dict[str, Any]:
+def node_type(name: str, cpus: int, market: str, most: int) -> dict[str, Any]:
     resources = {"CPU": cpus, "object_store_memory": 100 * 2**20}
-    labels = {"ray.io/market-type": market}
+    labels = {"ray.io/node-group": name, "ray.io/market-type": market}
     return {"resources": resources, "labels": labels, "node_config": {}, "min_workers": 0, "max_workers": most}
 
 
-NODE_TYPES = {"large": node_type(4, "on-demand", 1), "small": node_type(2, "on-demand", 2), "spot": node_type(2, "spot", 1)}
+NODE_TYPES = {
+    "large": node_type("large", 4, "on-demand", 1),
+    "small": node_type("small", 2, "on-demand", 2),
+    "spot": node_type("spot", 2, "spot", 1),
+}
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +121,15 @@ def drain(cluster: LocalCluster, node: str) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
 
 
-def node_of(job: Job) -> str:
-    """The node of the run's only worker, once it takes steps."""
-    [worker] = job.wait_for_status(lambda status: status["is_stepping"] and len(status["groups"]) == 1 == len(status["workers"]))["workers"]
-    node: str = worker["node_id"]
-    return node
+def node_of(job: Job, without: str = "") -> str:
+    """The node of the run's only worker once it takes steps, but on none that is named."""
+
+    def places(status: Status) -> set[str]:
+        return {worker["node_id"] for worker in status["workers"] if worker["rank"] is not None}
+
+    return places(
+        job.wait_for_status(lambda status: status["is_stepping"] and len(places(status)) == 1 and places(status) != {without})
+    ).pop()
 
 
 def test_each_run_gets_a_node_of_the_type_that_it_needs_and_none_is_left(
@@ -142,19 +150,23 @@ def test_a_run_leaves_a_node_in_time_and_goes_on_on_another(
     cluster: LocalCluster, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIDEPOOL_CACHE", str(tmp_path / "cache"))
-    training = {"steps": 400, "evaluate_every_steps": 200}
-    checkpoint = {"every_steps": 100, "max_lag_s": 300}
-    job = Job(cluster, make_run(store.url, "moved", workers={"cpus_per_worker": 2}, training=training, checkpoint=checkpoint), tmp_path)
+    spec = make_run(store.url, "moved", workers={"cpus_per_worker": 2}, checkpoint={"every_steps": 4, "max_lag_s": 300})
+    job = Job(
+        cluster, spec, tmp_path, faults=[{"function": "tidepool.training.loop:StepLoop._compute", "step": 5, "do": "wait", "always": True}]
+    )
     before = node_of(job)
     drain(cluster, before)
     began = time.monotonic()
     view_once(lambda view: before not in {node.name for node in view.nodes})
     assert time.monotonic() - began < _NOTICE_S  # it ends when nobody is on it, or at its deadline
-    assert node_of(job) != before
+    assert node_of(job, without=before)
+    job.open_gate(5)
     result = job.result(store)
     check_exactly_once(store, job.spec)
     assert result["recomputed_steps"] == 0
-    undisturbed = train_here(make_run(store.url, "unmoved", training=training, checkpoint=checkpoint)).result
+    undisturbed = train_here(
+        make_run(store.url, "unmoved", workers={"cpus_per_worker": 2}, checkpoint={"every_steps": 4, "max_lag_s": 300})
+    ).result
     assert undisturbed is not None
     assert bits(result) == bits(dict(undisturbed))
 

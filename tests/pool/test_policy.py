@@ -433,6 +433,8 @@ def test_basic_runs_launch_spot_nodes_first_and_others_spot_nodes_last() -> None
     for tier, expected in {"basic": "*spot 1", "standard": "*demand 1", "premium": "*demand 1"}.items():
         assert lines(decide(pool(run("r", tier=tier), on=NO_GPUS, templates=templates), SHORT)) == [expected]
     assert lines(decide(pool(deployments=(deployment("chat", 1),), on=NO_GPUS, templates=templates), SHORT)) == ["*demand 1"]
+    coming = (replace(templates[0], available=0, launching=1), spot)
+    assert lines(decide(pool(run("r", tier="basic"), on=NO_GPUS, templates=coming), SHORT)) == []  # what comes anyway will do
     without = (templates[0], replace(spot, available=0))
     assert lines(decide(pool(run("r", tier="basic"), on=NO_GPUS, templates=without), SHORT)) == ["*demand 1"]
 

@@ -4,7 +4,8 @@ What the autoscaler takes is a level, not an increase: a list of bundles that th
 It counts until the next list comes, and while it names a node of some type, one of that type is not ended for being idle.
 
 Invariants:
-- Each bundle is a whole node of one type, asked for by its size and its type's labels, so that the autoscaler has no choice of its own.
+- Each bundle is a whole node of one type, asked for by its size and its type's labels: with the type's name among them (`cluster.yaml`) the
+  autoscaler has no choice of its own.
 - Types of which nothing is launched are not named: their nodes end when they have been idle for long enough. So an arbiter that
   dies for good leaves at most those nodes standing that were being launched.
 - A level rises by what the policy wants launched and by nothing else. A node that has come and that the autoscaler still
@@ -13,8 +14,6 @@ Invariants:
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-
-from ray.autoscaler.sdk import request_resources
 
 from tidepool.messages import ClusterView, LaunchNodes, Template
 from tidepool.pool.tables import type_of
@@ -33,6 +32,8 @@ class Demand:
         """Have these nodes launched; says nothing where it said so before, or where nothing can be launched. Raises Ray's errors."""
         wanted = levels(view, launches, self._told or {})
         if view.templates and wanted != self._told:
+            from ray.autoscaler.sdk import request_resources  # here: who starts the arbiter imports this module, and that one is large
+
             bundles, selectors = as_bundles(wanted, view.templates)
             request_resources(bundles=bundles, bundle_label_selectors=selectors)
             self._told = wanted

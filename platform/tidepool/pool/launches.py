@@ -4,7 +4,8 @@ Invariants:
 - No more nodes are asked for than the cluster could launch.
 - What nodes that are starting will hold is promised once: nobody causes a launch for room that is coming anyway.
 - Nothing is launched for growth.
-- Spot nodes for those who go to spot nodes first, others for the rest; of these, the ones that leave the least unused, then the fewest.
+- Of what must be launched: spot nodes for those who go to spot nodes first, others for the rest; of these, the ones that leave the least
+  unused, then the fewest.
 """
 
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ class Launches:
                 count = self._count(template, missing * workers, units)
                 if count <= self._left[template.name]:
                     size = template.gpus or template.cpus
-                    found.append(((template.is_spot != prefers_spot, count * size, count, position), template, units, count))
+                    found.append(((count > 0, template.is_spot != prefers_spot, count * size, count, position), template, units, count))
         if not found:
             return None
         _, template, units, count = min(found, key=lambda one: one[0])
