@@ -64,7 +64,11 @@ def _autoscaler() -> Autoscaler:
     failed: dict[str, float] = {}
     for request in state.failed_instance_requests:
         failed[request.ray_node_type_name] = max(request.failed_ts, failed.get(request.ray_node_type_name, 0.0))
-    return Autoscaler(_read_config(path, os.stat(path).st_mtime_ns), launching, failed)
+    try:
+        config = _read_config(path, os.stat(path).st_mtime_ns)
+    except (OSError, yaml.YAMLError):  # it is being replaced: the next look finds it
+        return Autoscaler()
+    return Autoscaler(config, launching, failed)
 
 
 @functools.cache
