@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.serving.local import LocalModel, gateway_of
+from tidepool.serving.connection import while_connected
 
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/completions": {"model": "tides", "prompt": ["the tide", "the pool"], "n": 2, "logprobs": 1, "max_tokens": 100, "temperature": 0},
@@ -71,3 +72,30 @@ def test_the_blocks_of_a_client_that_leaves_are_free_within_the_step(path: str, 
 
     asyncio.run(run())
     assert is_streamed == any(b"data: " in message.get("body", b"") for message in sent)
+
+
+def test_a_client_that_leaves_in_the_moment_of_its_answer_has_had_it() -> None:
+    async def run() -> list[dict[str, Any]]:
+        loop, left, done = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
+        errors: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _, context: errors.append(context))
+
+        async def receive() -> dict[str, Any]:
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def work() -> str:
+            await done.wait()
+            return "answer"
+
+        waiting = asyncio.create_task(while_connected(receive, work(), loop.time() + 60))
+        for _ in range(3):
+            await asyncio.sleep(0)  # both wait
+        left.set()
+        done.set()
+        assert await waiting == "answer"
+        for _ in range(3):
+            await asyncio.sleep(0)
+        return errors
+
+    assert asyncio.run(run()) == []

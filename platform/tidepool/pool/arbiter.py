@@ -32,6 +32,8 @@ _HOLD_S = 0.5
 """How long a report is kept unanswered while there is nothing new to say."""
 _LOOK_EVERY_S = 0.5
 _BOOKS_EVERY_S = 1.0
+_PATIENCE_S = 20.0
+"""How long serving keeps to what it has while nothing can be decided."""
 _PAUSE_S = 0.05
 """Between two decisions: what comes in meanwhile is decided on together."""
 
@@ -44,6 +46,7 @@ class Arbiter:
         self._desk = Desk(Rules(), secrets.token_hex(4), time.time())
         self._books = Books(RayJobs())
         self._inspector, self._is_inspected = Inspector(health), False
+        self._begun_s = time.time()
         self._news = asyncio.Event()
         """Something was said that may change what is decided."""
         self._changed = asyncio.Event()
@@ -111,7 +114,9 @@ class Arbiter:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), _HOLD_S)
         allowed = self._desk.allowed(name)
-        return num_target if allowed is None else allowed
+        if allowed is not None:
+            return allowed
+        return num_target if time.time() - self._begun_s < _PATIENCE_S else wanted  # who cannot see the cluster holds up nobody
 
     # --- Whoever looks --------------------------------------------------------------------------------------------------
 

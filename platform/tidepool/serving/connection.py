@@ -95,10 +95,10 @@ async def while_connected(receive: Receive, work: Awaitable[T], deadline: float)
     """Do the work, unless the client leaves first or the loop's time comes to `deadline`: then it is cancelled, and
     `ClientLeftError` or `DeadlineError` raised.
     """
-    limit = asyncio.timeout_at(deadline)
+    limit, is_over = asyncio.timeout_at(deadline), False
 
     def end(_: object) -> None:
-        if not limit.expired():
+        if not is_over and not limit.expired():  # the loop may call this after the work has ended in the same round
             limit.reschedule(0.0)
 
     gone = asyncio.create_task(_disconnected(receive))
@@ -111,7 +111,7 @@ async def while_connected(receive: Receive, work: Awaitable[T], deadline: float)
             raise  # the work's own
         raise (ClientLeftError if gone.done() else DeadlineError) from None
     finally:
-        gone.remove_done_callback(end)
+        is_over = True
         gone.cancel()
 
 
