@@ -34,8 +34,9 @@ class GroupTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray Train has 
 
 
 class _Granted(FixedScalingPolicy):  # type: ignore[misc]
-    """Of the size that was granted. It tells Ray's autoscaler nothing, which would forget what the arbiter told it (`pool.demand`): the last to
-    speak counts alone. Ray Train's would speak through an actor that keeps the first launcher's node from ever being idle.
+    """Of the size that was granted. It tells Ray's autoscaler nothing, which goes by the last that it is told: that is to be
+    what the arbiter says (`pool.demand`). Besides, Ray Train would speak through an actor that keeps the node of the first
+    launcher from ever being idle.
     """
 
     def after_controller_start(self, train_run_context: Any) -> None:
