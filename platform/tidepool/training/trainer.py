@@ -12,6 +12,7 @@ from typing import Any
 from ray.train import Result
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 _NOT_NEEDED = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
@@ -27,9 +28,22 @@ class GroupTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray Train has 
         return [one for one in super()._create_default_callbacks() if type(one).__name__ not in _NOT_NEEDED]
 
     def _initialize_and_run_controller(self, **named: Any) -> Result:
-        controller = TrainController(**named)
+        controller = TrainController(**named | {"scaling_policy": _Granted(self.scaling_config)})
         asyncio.run(controller.run())
         return controller.get_result()
+
+
+class _Granted(FixedScalingPolicy):  # type: ignore[misc]
+    """Of the size that was granted. It tells Ray's autoscaler nothing, which goes by the last that it is told: that is to be
+    what the arbiter says (`pool.demand`). Besides, Ray Train would speak through an actor that keeps the node of the first
+    launcher from ever being idle.
+    """
+
+    def after_controller_start(self, train_run_context: Any) -> None:
+        return
+
+    def _maybe_send_resource_request(self) -> None:
+        return
 
 
 class _Devices(Backend):  # type: ignore[misc]
