@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from tests.models.conftest import CONFIGS, TEXT
-from tidepool.inference import GenerationRequest, Output, SamplingParameters
+from tidepool.errors import ModelError
+from tidepool.inference import GenerationRequest, Output, SamplingParameters, linear
 from tidepool.inference.paged import PagedEngine
 from tidepool.models import ModelSource, add_lora, build_model, export_adapter, read_lora, train_tokenizer
 from tidepool.specs import EngineSpec, LoraSpec
@@ -20,6 +21,18 @@ from tidepool.specs import EngineSpec, LoraSpec
 BASE = ModelSource("tides@3", "ab" * 32)
 MISTRAL = {**CONFIGS["llama"], "model_type": "mistral", "sliding_window": 8}
 NAMES = {"one": "01" * 32, "two": "02" * 32, "three": "03" * 32}
+
+
+def _is_int8_exact() -> bool:
+    try:
+        linear._check_int8()
+    except ModelError:
+        return False
+    return True
+
+
+needs_exact_int8 = pytest.mark.skipif(not _is_int8_exact(), reason="this processor does not multiply int8 exactly, so that int8 is refused")
+INT8 = pytest.param("int8", marks=needs_exact_int8)
 
 Play = Callable[[PagedEngine], Awaitable[None]]
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.inference.conftest import answer, request, run, tokens_of
+from tests.inference.conftest import INT8, answer, request, run, tokens_of
 from tests.inference.families import FAMILIES, Reference
 from tidepool.inference import native
 from tidepool.inference.engine import EngineStats, GenerationRequest
@@ -191,7 +191,7 @@ def test_recorded_steps_give_the_same_tokens(model: Any, tokenizer: Any, more: d
 
 
 @pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
-@pytest.mark.parametrize("weights", ["bf16", "int8"])
+@pytest.mark.parametrize("weights", ["bf16", INT8])
 def test_batch_invariant_answers_have_the_same_bits_in_any_company(family: Any, tokenizer: Any, weights: Any) -> None:
     asked = [
         request(prompt, length, f"r{index}", None, 0.8 * (index % 2), seed=index, logprobs=0)

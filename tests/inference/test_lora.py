@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from tests.inference.conftest import answer, request, run, tokens_of
+from tests.inference.conftest import INT8, answer, request, run, tokens_of
 from tests.inference.families import FAMILIES, TIE
 from tidepool.inference import native
 from tidepool.inference.engine import GenerationRequest, Output
@@ -122,7 +122,7 @@ def test_mixed_adapters_are_exactly_those_of_peft(
 
 @needs_compiler
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"], indirect=True)
-@pytest.mark.parametrize("weights", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("weights", ["fp32", "bf16", INT8])
 def test_a_row_has_the_same_bits_alone_and_among_others(family: Any, tokenizer: Any, folders: dict[str, Path], weights: Any) -> None:
     """In an engine that holds to it for the base's products too."""
     asked = asked_of([None, *folders], temperature=0.0)
