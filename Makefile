@@ -39,9 +39,10 @@ $(LM_EVAL)/.complete: tests/serving/lm_eval_environment.sh requirements.lock | s
 test-s3: setup
 	@$(BIN)/python -m pytest --s3 ceph tests/stores tests/storage tests/checkpoint tests/registry tests/training/test_killed_run.py
 
-# Replica groups that die, hang, come and go: real signals on a Ray cluster of the session's own. ELASTIC='-k "killed or paused"': some.
+# Replica groups that die, hang, come and go, drivers and heads that die, nodes that are slow: real signals on Ray clusters of the session's own.
+# ELASTIC='-k "killed or paused"': some.
 test-elastic: setup
-	@$(BIN)/python -m pytest --elastic tests/training/test_elastic_cluster.py $(ELASTIC)
+	@$(BIN)/python -m pytest --elastic -m elastic tests/training tests/pool $(ELASTIC)
 
 # Nodes that come and go: Ray's autoscaler on a cluster of this machine, real runs and real traffic.
 test-autoscaling: setup

@@ -24,7 +24,7 @@ from tidepool.storage import ObjectStore, open_store
 from tidepool.training.live_runs import Cluster
 from tidepool.training.outcome import read_result
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.long, pytest.mark.chaos, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.elastic, pytest.mark.chaos, pytest.mark.timeout(600)]
 TIMEOUT_S = 240
 LONG: dict[str, Any] = {"training": {"steps": 60, "evaluate_every_steps": 100}, "checkpoint": {"every_steps": 1, "keep": 3}}
 

@@ -31,7 +31,7 @@ from tidepool.training.straggling import Straggling
 from tidepool.training.task import Task
 from tidepool.training.worker import run_task
 
-pytestmark = [pytest.mark.long, pytest.mark.chaos]
+pytestmark = [pytest.mark.elastic, pytest.mark.chaos]
 TIMEOUT_S = 200
 NUM_WORKERS = 3
 
