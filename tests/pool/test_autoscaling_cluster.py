@@ -20,12 +20,13 @@ import ray
 from tests.pool.autoscaling import autoscaling_cluster
 from tests.serving.models import publish
 from tests.training.conftest import check_exactly_once, make_run, prepare_dataset, publish_base, train_here
-from tests.training.jobs import Job, Status, bits
+from tests.training.jobs import Job, Status, bits, claims
 from tidepool import local_cluster
 from tidepool.local_cluster import LocalCluster
 from tidepool.messages import NAMESPACE, ClusterView, Node
 from tidepool.pool.cluster import read_cluster
 from tidepool.pool.tables import type_of
+from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
 
 with warnings.catch_warnings():  # Ray 2.60 declares its models in a way that pydantic 2 is about to drop
@@ -94,6 +95,22 @@ def seen(cluster: LocalCluster) -> Iterator[Counter[str]]:
     view_once(is_empty)
 
 
+@pytest.fixture
+def start(cluster: LocalCluster, seen: Counter[str], tmp_path: Path) -> Iterator[Callable[..., Job]]:
+    """Starts a job that trains by a spec; those that still run at the end of the test are killed."""
+    del seen  # which waits for their nodes to end
+    jobs: list[Job] = []
+
+    def start(spec: RunSpec, faults: list[dict[str, Any]] | None = None) -> Job:
+        jobs.append(Job(cluster, spec, tmp_path, faults=faults))
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        job.process.kill()
+        job.wait()
+
+
 def types_up(view: ClusterView) -> Counter[str]:
     return Counter(type_of(node) for node in workers(view))
 
@@ -122,23 +139,21 @@ def drain(cluster: LocalCluster, node: str) -> None:
     subprocess.run(command, check=True, capture_output=True, timeout=_TIMEOUT_S)
 
 
-def node_of(job: Job, without: str = "") -> str:
-    """The node of the run's only worker once it takes steps, but on none that is named."""
+def node_of(job: Job) -> str:
+    """The node of the run's only worker, once it takes steps."""
 
     def places(status: Status) -> set[str]:
         return {worker["node_id"] for worker in status["workers"] if worker["rank"] is not None}
 
-    return places(
-        job.wait_for_status(lambda status: status["is_stepping"] and len(places(status)) == 1 and places(status) != {without})
-    ).pop()
+    return places(job.wait_for_status(lambda status: status["is_stepping"] and len(places(status)) == 1)).pop()
 
 
 def test_each_run_gets_a_node_of_the_type_that_it_needs_and_none_is_left(
-    cluster: LocalCluster, store: ObjectStore, seen: Counter[str], tmp_path: Path
+    store: ObjectStore, seen: Counter[str], start: Callable[..., Job]
 ) -> None:
     wishes = {"spot": ("basic", 2), "small": ("standard", 2), "large": ("standard", 4)}
     jobs = {
-        name: Job(cluster, make_run(store.url, f"on-{name}", pool={"tier": tier}, workers={"cpus_per_worker": cpus}), tmp_path)
+        name: start(make_run(store.url, f"on-{name}", pool={"tier": tier}, workers={"cpus_per_worker": cpus}))
         for name, (tier, cpus) in wishes.items()
     }
     for job in jobs.values():
@@ -150,23 +165,22 @@ def test_each_run_gets_a_node_of_the_type_that_it_needs_and_none_is_left(
 
 
 def test_a_run_leaves_a_node_in_time_and_goes_on_on_another(
-    cluster: LocalCluster, store: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: LocalCluster, store: ObjectStore, start: Callable[..., Job], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TIDEPOOL_CACHE", str(tmp_path / "cache"))
     spec = make_run(store.url, "moved", workers={"cpus_per_worker": 2}, checkpoint={"every_steps": 4, "max_lag_s": 300})
-    job = Job(
-        cluster, spec, tmp_path, faults=[{"function": "tidepool.training.loop:StepLoop._compute", "step": 5, "do": "wait", "always": True}]
-    )
+    job = start(spec, [{"function": "tidepool.training.loop:StepLoop._compute", "step": 5, "do": "wait", "always": True}])
     before = node_of(job)
     drain(cluster, before)
     began = time.monotonic()
+    job.wait_for_status(lambda _: "is to leave at the next step" in job.output)
+    job.open_gate(5)
     view_once(lambda view: before not in {node.name for node in view.nodes})
     assert time.monotonic() - began < _NOTICE_S  # it ends when nobody is on it, or at its deadline
-    assert node_of(job, without=before)
-    job.open_gate(5)
     result = job.result(store)
     check_exactly_once(store, job.spec)
-    assert result["recomputed_steps"] == 0
+    assert (result["recomputed_steps"], len(claims(store, "moved"))) == (0, 1)
+    assert job.output.count("starting replica group") == 2
     undisturbed = train_here(
         make_run(store.url, "unmoved", workers={"cpus_per_worker": 2}, checkpoint={"every_steps": 4, "max_lag_s": 300})
     ).result
