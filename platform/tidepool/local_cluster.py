@@ -54,6 +54,8 @@ class LocalCluster:
     http_port: int
     store_url: str
     temp_dir: str
+    pool: str = "local"
+    """By which its runs are known in the store (see `run_queue`)."""
 
     @property
     def api_url(self) -> str:
@@ -63,10 +65,10 @@ class LocalCluster:
     @property
     def environment(self) -> dict[str, str]:
         """What a process needs in its environment to use this cluster."""
-        return environment(self.store_url) | {"RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.dashboard_url}
+        return environment(self.store_url, self.pool) | {"RAY_ADDRESS": self.address, "RAY_API_SERVER_ADDRESS": self.dashboard_url}
 
 
-def environment(store_url: str) -> dict[str, str]:
+def environment(store_url: str, pool: str = "local") -> dict[str, str]:
     """This process's environment, with what the cluster's processes need: the library, the store, and plain HTTP on loopback."""
     source = Path(tidepool.__path__[0]).parent
     paths = [str(source.parent), str(source), os.environ.get("PYTHONPATH", "")]
@@ -75,7 +77,7 @@ def environment(store_url: str) -> dict[str, str]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
         STORE_VARIABLE: store_url,
-        POOL_VARIABLE: os.environ.get(POOL_VARIABLE) or f"local-{socket.gethostname()}",  # the store may be another cluster's, too
+        POOL_VARIABLE: pool,
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_AUTH_MODE": os.environ.get("RAY_AUTH_MODE", "disabled"),
         "RAY_JOB_STOP_WAIT_TIME_S": "60",
@@ -112,14 +114,16 @@ def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False, f
     # What a killed worker leaves in its temporary folder goes with the cluster's.
     # The address: Ray Train's placement group cleaner asks the newest cluster of the machine otherwise, and takes the workers away
     # when that one does not know their controller.
-    variables = environment(store_url) | {"TMPDIR": temp_dir, "RAY_ADDRESS": f"127.0.0.1:{port}"}
+    # The store may be another cluster's, too: only one that is started here again and again goes on with the runs of the one before.
+    pool = os.environ.get(POOL_VARIABLE) or (f"local-{socket.gethostname()}" if usual_ports else Path(temp_dir).name)
+    variables = environment(store_url, pool) | {"TMPDIR": temp_dir, "RAY_ADDRESS": f"127.0.0.1:{port}"}
     with log.open("wb") as output:
         # A session of its own, so that Ctrl-C in the terminal reaches us and not Ray.
         process = subprocess.Popen(
             command, env=variables, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )
     _started.append(process)
-    cluster = LocalCluster(process.pid, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", http, store_url, temp_dir)
+    cluster = LocalCluster(process.pid, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", http, store_url, temp_dir, pool)
     deadline = time.monotonic() + _START_TIMEOUT_S
     while not _answers(f"{cluster.dashboard_url}/api/version"):
         if process.poll() is not None or time.monotonic() > deadline:

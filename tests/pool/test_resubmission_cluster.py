@@ -176,8 +176,9 @@ def test_people_see_the_queue_and_change_it(start: Callable[[], LocalCluster], s
 
 
 def test_after_the_loss_of_the_head_one_command_brings_the_runs_back(
-    start: Callable[[], LocalCluster], store: ObjectStore, alone: dict[str, Any]
+    start: Callable[[], LocalCluster], store: ObjectStore, alone: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("TIDEPOOL_POOL", "sea")  # the one that comes back is the same pool
     cluster = start()
     submit(cluster, make_run(store.url, "orphan", **LONG))
     wait_for_commit(store, "orphan", 3)

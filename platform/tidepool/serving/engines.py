@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import ray
-from ray import cloudpickle, serve
+from ray import serve
 from ray.exceptions import RayError
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 from ray.serve.exceptions import RayServeException
@@ -72,7 +72,7 @@ def autoscaling(spec: ReplicasSpec) -> AutoscalingConfig:
     """How many replicas, in Serve's words: bounds and delays are our policy's to apply, which asks the arbiter before Serve hears of it."""
     scale = spec.scale or ScaleSpec(min=spec.num_replicas, max=spec.num_replicas)
     claim = [spec.project, spec.priority, math.ceil(spec.gpus_per_replica), math.ceil(spec.cpus_per_replica)]
-    cloudpickle.register_pickle_by_value(scaling)  # Serve does it for the policy's own module
+    ray.cloudpickle.register_pickle_by_value(scaling)  # Serve does it for the policy's own module
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the interval shall be a variable of each process's environment one day
         return AutoscalingConfig(
