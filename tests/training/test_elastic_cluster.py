@@ -34,7 +34,7 @@ from tidepool.training.pauses import paused_step
 from tidepool.training.replica_groups import ReplicaGroups
 from tidepool.training.task import Pins, Task
 
-pytestmark = [pytest.mark.elastic, pytest.mark.chaos]
+pytestmark = [pytest.mark.elastic, pytest.mark.chaos, pytest.mark.timeout(600)]
 STEPS = 150
 TRAINING: dict[str, Any] = {"steps": STEPS, "num_shards": 6, "global_batch_size": 12, "evaluate_every_steps": 50}
 LOOP = "tidepool.training.loop:StepLoop"
@@ -507,7 +507,7 @@ def wait_for_cpus(free: float) -> None:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not condition():
         assert time.monotonic() < deadline, (ray.available_resources(), ray.util.placement_group_table())
         time.sleep(0.1)
