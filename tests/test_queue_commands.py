@@ -28,12 +28,12 @@ NODES = [
 ]
 RESTART = {"run": "dead", "project": "sea", "deaths": 2, "is_given_up": False, "job": "job-1", "reason": "its driver died"}
 VIEW: dict[str, Any] = {
-    "queue": [WAITS | {"waiting_since_s": time.time() - 300}],
+    "queue": [WAITS],
     "runs": [HOLDS | {"waiting_since_s": None}],
     "deployments": [{"name": "app/chat", "project": "lake", "wanted": 3, "allowed": 2, "replicas": 2, "reason": "full"}],
     "nodes": NODES,
     "resubmissions": [
-        RESTART | {"next_s": time.time() + 18_000},
+        RESTART,
         RESTART | {"run": "gone", "is_given_up": True, "deaths": 7, "next_s": None},
     ],
 }
@@ -47,6 +47,8 @@ class FakePool:
     """Answers what it is given, or that nobody answers; notes what it is told."""
 
     def __init__(self) -> None:
+        now_s = time.time()
+        VIEW["queue"][0]["waiting_since_s"], VIEW["resubmissions"][0]["next_s"] = now_s - 300, now_s + 18_000
         self.answer: dict[str, Any] | None = VIEW
         self.has_driver = True
         self.told: list[Any] = []
