@@ -144,3 +144,9 @@ def test_bounds_that_contradict_are_refused() -> None:
     assert ReplicasSpec.model_validate({"scale": {"min": 0, "max": 3}}).scale is not None
     with pytest.raises(SpecError, match=r"min \(4\) exceeds max \(3\)"):
         parse_spec({"scale": {"min": 4, "max": 3}}, ReplicasSpec)
+
+
+def test_the_first_replica_is_needed_while_somebody_waits_for_it() -> None:
+    demand = Demand(Limits(0, 2, 20.0, 0.5, 2.0, 4.0), 0)
+    demand.update([], 0, 100.0, True)
+    assert (demand.num_wanted, demand.num_needed) == (1, 1)

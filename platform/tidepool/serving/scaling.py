@@ -87,10 +87,9 @@ class Demand:
             self._rung_at = now_s
             self.num_wanted = max(self.num_wanted, self._within(1))
         raw = num_wanted(loads, num_running, self.num_wanted, self._limits.ttft_s)
-        if num_running == 0 and now_s - self._rung_at < _RUNG_S:
-            raw = max(raw, 1)
-        self._follow(self._within(raw), now_s)
-        floor = min(self._limits.min, self.num_wanted)
+        is_first = num_running == 0 and now_s - self._rung_at < _RUNG_S  # somebody waits for it
+        self._follow(self._within(max(raw, is_first)), now_s)
+        floor = min(max(self._limits.min, is_first), self.num_wanted)
         self.num_needed = max(floor, num_needed(loads, self.num_wanted, self._limits.ttft_s))
 
     def _follow(self, raw: int, now_s: float) -> None:
