@@ -91,7 +91,7 @@ def test_the_last_one_goes_after_a_delay_of_its_own_and_who_rings_gets_one_at_on
     assert traffic.go_on(29, busy=0.0) == (1, 0)
     assert traffic.go_on(2, busy=0.0) == (0, 0)
     assert traffic.go_on(60, busy=0.0) == (0, 0)
-    assert traffic.go_on(0.1, busy=0.0, has_rung=True) == (1, 0)
+    assert traffic.go_on(0.1, busy=0.0, has_rung=True) == (1, 1)
 
 
 def test_a_first_replica_that_takes_long_to_start_is_wanted_as_long_as_somebody_waits() -> None:
