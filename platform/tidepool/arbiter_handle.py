@@ -7,13 +7,16 @@ from ray.actor import ActorHandle
 
 from tidepool.messages import ARBITER, NAMESPACE
 
-_HEAD = {"node:__internal_head__": 0.001}
-"""Keeps it on the head node, whose loss ends the cluster anyway, and where the autoscaler's configuration lies (`pool.cluster`)."""
+HEAD_NODE = {"node:__internal_head__": 0.001}
+"""A little of Ray's own resource of the head node: what asks for it runs there."""
 _CLASS = "tidepool.pool.arbiter", "Arbiter"  # by its path: training and serving start it, and import nothing of the pool
 
 
 def find_arbiter() -> ActorHandle:
-    """The cluster's arbiter. It outlives whoever starts it, and Ray starts it again where it dies."""
+    """The cluster's arbiter. It outlives whoever starts it, and Ray starts it again where it dies.
+
+    On the head node, whose loss ends the cluster anyway, and where the autoscaler's configuration lies (`pool.cluster`).
+    """
     module, name = _CLASS
-    actor = ray.remote(num_cpus=0, resources=_HEAD, max_restarts=-1)(getattr(import_module(module), name))
+    actor = ray.remote(num_cpus=0, resources=HEAD_NODE, max_restarts=-1)(getattr(import_module(module), name))
     return actor.options(name=ARBITER, namespace=NAMESPACE, lifetime="detached", get_if_exists=True).remote()

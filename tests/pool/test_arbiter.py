@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def views(monkeypatch: pytest.MonkeyPatch) -> list[ClusterView]:
 
 async def until_granted(actor: Arbiter, said: RunReport, number: int) -> Any:
     deadline = time.monotonic() + _TIMEOUT_S
-    while len((standing := await actor.report(said)).grants) < number:
+    while (standing := await actor.report(said)) is None or len(standing.grants) < number:
         assert time.monotonic() < deadline
     return standing
 
@@ -99,5 +100,47 @@ def test_an_unexpected_error_ends_the_process_for_ray_to_start_another(monkeypat
             await actor.report(report("a"))
             assert time.monotonic() < deadline
         assert ended == [1]
+
+    asyncio.run(story())
+
+
+def test_a_run_that_is_forgotten_while_it_waits_is_told_nothing_and_reports_again() -> None:
+    async def story() -> None:
+        actor = Arbiter()
+        said = report("a")
+        await until_granted(actor, said, 2)
+        waiting = asyncio.create_task(actor.report(said))
+        await asyncio.sleep(0)
+        await actor.leave("a", 1)
+        assert await waiting is None
+        await until_granted(actor, said, 2)
+
+    asyncio.run(story())
+
+
+def test_an_older_driver_is_not_told_what_is_granted_to_the_newer_one() -> None:
+    async def story() -> None:
+        actor = Arbiter()
+        await until_granted(actor, report("a", session=2), 2)
+        assert await actor.report(report("a", session=1)) is None
+
+    asyncio.run(story())
+
+
+def test_an_arbiter_that_has_not_heard_of_every_run_tells_the_autoscaler_nothing(
+    monkeypatch: pytest.MonkeyPatch, views: list[ClusterView]
+) -> None:
+    async def story() -> None:
+        told: list[object] = []
+        views[0] = replace(views[0], runs=frozenset({"a", "b"}))
+        actor = Arbiter()
+        monkeypatch.setattr(actor._demand, "tell", lambda *asked: told.append(asked))
+        for _ in range(2):
+            await actor.report(report("a"))
+        assert told == [], "what the one before has asked for stands"
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not told:
+            await actor.report(report("b"))
+            assert time.monotonic() < deadline
 
     asyncio.run(story())

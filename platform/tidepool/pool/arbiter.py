@@ -62,19 +62,19 @@ class Arbiter:
 
     # --- Runs -----------------------------------------------------------------------------------------------------------
 
-    async def report(self, report: RunReport) -> Standing:
-        """Take a driver's report in; answered when there is something new for anybody, or after a while."""
+    async def report(self, report: RunReport) -> Standing | None:
+        """Take a driver's report in; answered when there is something new for anybody, or after a while.
+
+        None where the run has been forgotten meanwhile, until the next report, or has a newer driver.
+        """
         self._begin()
-        before = self._desk.standing(report.run)
+        before = self._desk.standing(report.run, report.session)
         if self._desk.see_run(report, time.time()):
             self._news.set()
-        standing = self._desk.standing(report.run)
-        if standing == before:
+        if self._desk.standing(report.run, report.session) == before:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), _HOLD_S)
-            standing = self._desk.standing(report.run)
-        assert standing is not None
-        return standing
+        return self._desk.standing(report.run, report.session)
 
     async def leave(self, run: str, session: int) -> None:
         """A run's driver ends."""
@@ -163,7 +163,7 @@ class Arbiter:
             self._books.watch(report.store)
         if desk.is_ready(now_s):
             runs, deployments = desk.snapshot.runs, desk.snapshot.deployments
-            await asyncio.to_thread(self._books.step, desk.living_runs, runs, deployments, now_s)
+            await asyncio.to_thread(self._books.step, desk.view.runs, runs, deployments, now_s)
             if desk.quotas != self._books.quotas:
                 desk.quotas = self._books.quotas
                 self._news.set()
@@ -180,13 +180,15 @@ class Arbiter:
         """Decide when there is news; tell who waits, and the autoscaler which nodes are wanted."""
         await self._news.wait()
         self._news.clear()
-        if self._is_inspected and self._desk.decide(time.time()):
-            changed, self._changed = self._changed, asyncio.Event()
-            changed.set()
-        try:
-            await asyncio.to_thread(self._demand.tell, self._desk.view, self._desk.launches)
-        except RayError as error:  # the next decision tells it
-            _logger.warning("Ray's autoscaler cannot be told which nodes are wanted: %r", error)
+        now_s = time.time()
+        if self._is_inspected and self._desk.is_ready(now_s):  # before that, what the arbiter before has asked for stands
+            if self._desk.decide(now_s):
+                changed, self._changed = self._changed, asyncio.Event()
+                changed.set()
+            try:
+                await asyncio.to_thread(self._demand.tell, self._desk.view, self._desk.launches)
+            except RayError as error:  # the next decision tells it
+                _logger.warning("Ray's autoscaler cannot be told which nodes are wanted: %r", error)
         await asyncio.sleep(_PAUSE_S)
 
 

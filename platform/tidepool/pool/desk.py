@@ -7,7 +7,7 @@ Invariants:
 - A desk decides nothing before it has heard of every run that has a driver (or for `LISTEN_S`): who holds a place counts.
 - A grant is repeated until the run reports the group; from the decision on, its place is taken.
 - What others hold on a node, of whom the desk knows nothing, is no room. It is looked at while nothing comes or goes there.
-- Groups start only where no replica of Serve's that is wanted could go: the policy serves first, in every round anew.
+- Groups start only where no replica of Serve's that traffic needs could go: the policy serves first, in every round anew.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -29,7 +29,6 @@ from tidepool.messages import (
     Quota,
     Replica,
     ReplicaActor,
-    Reservation,
     Resources,
     Run,
     RunReport,
@@ -108,7 +107,6 @@ class Desk:
         self._unplaced: dict[str, float] = {}
         """Since when these replicas have had no node, as far as Ray says."""
         self.quotas: tuple[Quota, ...] = ()
-        self.reservations: tuple[Reservation, ...] = ()
         self.quarantined: Mapping[str, str] = {}
         """Why nobody is to be on these nodes."""
         self.unchecked: frozenset[str] = frozenset()
@@ -227,10 +225,10 @@ class Desk:
 
     # --- What is answered -----------------------------------------------------------------------------------------------
 
-    def standing(self, run: str) -> Standing | None:
-        """What a run's driver is to know and to do; None of a run that is not known."""
+    def standing(self, run: str, session: int | None = None) -> Standing | None:
+        """What a run's driver is to know and to do; None of a run that is not known, or by another driver than that of `session`."""
         known = self._runs.get(run)
-        if known is None:
+        if known is None or session not in {None, known.report.session}:
             return None
         queue = [wait for wait in self._plan.waits if wait.name in self._runs]
         place = next((place for place, wait in enumerate(queue, 1) if wait.name == run), None)
@@ -263,11 +261,6 @@ class Desk:
         return tuple(known.report for known in self._runs.values())
 
     @property
-    def living_runs(self) -> frozenset[str]:
-        """The runs that have a driver, as Ray says."""
-        return self._view.runs
-
-    @property
     def used_nodes(self) -> frozenset[str]:
         """The nodes on which a group or a replica is, or shall be."""
         groups = {node for known in self._runs.values() for group in known.groups for node, _ in group.places}
@@ -287,7 +280,7 @@ class Desk:
         nodes, starting = held_back(without_quarantined(self._view.nodes, self.quarantined, now_s), self.unchecked)
         nodes = tuple(_rest_of(node, taken.get(node.name)) for node in nodes)
         templates = (*self._view.templates, *starting)
-        return Snapshot(now_s, nodes, self._deployments(), tuple(runs), self.reservations, self.quotas, templates)
+        return Snapshot(now_s, nodes, self._deployments(), tuple(runs), quotas=self.quotas, templates=templates)
 
     def _deployments(self) -> tuple[Deployment, ...]:
         actors: dict[str, list[ReplicaActor]] = {}

@@ -7,12 +7,11 @@ import ray
 from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from tidepool.arbiter_handle import HEAD_NODE
 from tidepool.errors import ClusterError
 from tidepool.job_folder import ENTRYPOINT, job_folder
 from tidepool.pool.resubmission import JobState
 
-_HEAD = {"node:__internal_head__": 0.001}
-"""Ray's own resource of the head node."""
 _TIMEOUT_S = 60
 _STATES: Mapping[JobStatus, JobState] = {
     JobStatus.PENDING: "active",
@@ -37,7 +36,7 @@ class RayJobs:
 
 
 def _on_head(function: Callable[..., _Answer], *arguments: Any) -> _Answer:
-    task = ray.remote(num_cpus=0, resources=_HEAD, max_retries=0)(function)
+    task = ray.remote(num_cpus=0, resources=HEAD_NODE, max_retries=0)(function)
     try:
         answer: _Answer = ray.get(task.remote(*arguments), timeout=_TIMEOUT_S)
     except RayError as error:

@@ -46,11 +46,14 @@ class PoolLink:
 
     def _take(self, answer: "ray.ObjectRef") -> None:
         try:
-            self._standing = standing = ray.get(answer)
+            standing: Standing | None = ray.get(answer)
         except ray.exceptions.RayActorError as error:
             _logger.warning("the arbiter is away (%s)", str(error).partition("\n")[0])
             self._arbiter = find_arbiter()
             return
+        if standing is None:
+            return  # the next report tells it all again
+        self._standing = standing
         reason = f"place {standing.place} of {standing.num_queued} in the queue: {standing.reason}" if standing.place else ""
         if reason and reason != self._reason:
             _logger.info("waiting, %s", reason)
