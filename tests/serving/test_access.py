@@ -390,9 +390,10 @@ def test_any_other_address_needs_keys(host: str) -> None:
 
 def test_no_prompt_answer_or_key_is_logged(log: KeyLog, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]) -> None:
     key, secret = log.create("one", limits=Limits(requests_per_minute=100))
-    _, revoked = log.create("two")
-    log.revoke(log.all()[1].id)
-    planted = ("SHIBBOLETH", "OPEN-SESAME", secret.rpartition("-")[2][:20], revoked.rpartition("-")[2][:20], key.sha256)
+    other, revoked = log.create("two")
+    log.revoke(other.id)
+    secrets = [text.removeprefix(f"tp-{of.id}-")[:20] for of, text in ((key, secret), (other, revoked))]
+    planted = ("SHIBBOLETH", "OPEN-SESAME", *secrets, key.sha256)
 
     class Quoting(FakeBackend):
         """Raises what quotes the prompt, as a library may."""
