@@ -115,7 +115,8 @@ class World:
         while len(self.replicas) > allowed:
             self.replicas.pop()
         for node in self.nodes:
-            while len(self.replicas) < allowed and self.used(node.name) < node.gpus:
+            is_open = node.name not in self.desk.quarantined
+            while is_open and len(self.replicas) < allowed and self.used(node.name) < node.gpus:
                 self.num_replicas_started += 1
                 self.replicas.append(ReplicaActor("app", "chat", f"r{self.num_replicas_started}", node.name, True, ONE))
 
@@ -306,6 +307,23 @@ def test_a_quarantined_node_is_vacated() -> None:
     world.desk.quarantined = {}
     rounds(world, 3)
     assert world.sizes() == {"a": 4}
+
+
+def test_serving_keeps_its_replicas_while_serve_moves_them_off_a_quarantined_node() -> None:
+    world = World(2, 2)
+    world.wanted = 2
+    rounds(world, 3)
+    world.add("a")
+    rounds(world, 3)
+    assert ({one.node for one in world.replicas}, world.sizes()) == ({"n0"}, {"a": 2})
+    world.desk.quarantined = {"n0": "it burns"}
+    world.round()
+    assert world.desk.allowed(CHAT) == 2
+    world.replicas.pop()  # which Serve ends first is Serve's to choose; the place of the other is made before
+    rounds(world, 3)
+    world.replicas = [one for one in world.replicas if one.node == "n1"]
+    rounds(world, 3)
+    assert ([one.node for one in world.replicas], world.sizes()) == (["n1", "n1"], {"a": 0})
 
 
 def test_who_gave_room_to_another_run_waits_before_it_grows_again() -> None:

@@ -26,7 +26,7 @@ from tidepool.messages import ARBITER, NAMESPACE
 from tidepool.specs import RunSpec
 from tidepool.storage import ObjectStore, open_store
 
-pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.cluster, pytest.mark.chaos, pytest.mark.long, pytest.mark.timeout(900)]
 _TIMEOUT_S = 300
 STEPS, GATE_STEP = 150, 5
 GATE: dict[str, Any] = {"function": "tidepool.training.loop:StepLoop._compute", "step": GATE_STEP, "do": "wait", "always": True}

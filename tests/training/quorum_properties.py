@@ -41,7 +41,8 @@ class Properties:
         for number in {one.group for one in quorum.workers}:
             if [one for one in quorum.workers if one.group == number] != [worker.one for worker in self._world.groups[number]]:
                 raise Broken("whole groups", quorum)
-        if len({one.group for one in quorum.workers}) < self._world.min_groups:
+        is_last = all(one.group in self._world.leaving for one in quorum.workers)
+        if len({one.group for one in quorum.workers}) < self._world.min_groups and not is_last:
             raise Broken("min groups", quorum)
         if Committed(quorum.incarnation, quorum.step) < host.known:
             raise Broken("below the commit", quorum, host.known)
@@ -75,7 +76,7 @@ class Properties:
             raise Broken("source", worker.name, worker.state, quorum)
 
     def round(self, meeting: Meeting, number: int) -> None:
-        states = {state for state, _ in meeting.rounds[number].values()}
+        states = {state for state, _, _ in meeting.rounds[number].values()}
         if len(states) != 1 or next(iter(states)).step != meeting.quorum.step + number:
             raise Broken("one history", meeting.quorum, number, states)
 

@@ -71,7 +71,7 @@ class Meeting:
     arrived: set[WorkerId] = field(default_factory=set)
     gone: set[WorkerId] = field(default_factory=set)
     received: set[WorkerId] = field(default_factory=set)
-    rounds: dict[int, dict[WorkerId, tuple[State, bool]]] = field(default_factory=dict)
+    rounds: dict[int, dict[WorkerId, tuple[State, bool, bool]]] = field(default_factory=dict)
 
 
 class Worker(Process):
@@ -88,7 +88,7 @@ class Worker(Process):
         self.over = NONE
         self.offered: Quorum | None = None
         self.lease_until = float("-inf")
-        self.change = False
+        self.change = self.commit = False
         self.committed = Committed(0, 0)
         self.broken = ""
         self.round = 0
@@ -99,7 +99,7 @@ class Worker(Process):
         self._sequence = self._processed = 0
         self._sent: dict[int, float] = {}
         self._is_calling = self._is_dirty = False
-        self._has_result = self._changes = False
+        self._has_result = self._changes = self._commits = self._is_going = False
         self._ticket = 0
         """Grows with all that the main thread waits for: what comes for an older ticket comes too late."""
         self._since = world.now
@@ -159,7 +159,7 @@ class Worker(Process):
             self.over = max(self.over, directive.over)
             if directive.is_leased:
                 self.lease_until = max(self.lease_until, self._sent[directive.sequence] + self.world.rules.lease_s)
-            self.offered, self.change = directive.quorum, directive.change
+            self.offered, self.change, self.commit = directive.quorum, directive.change, directive.commit
             self.must_leave = self.must_leave or directive.leave
             self.committed = max(self.committed, directive.committed)
             self.world.properties.stepper(self)
@@ -219,7 +219,7 @@ class Worker(Process):
     def _enter(self) -> None:
         assert self.offered is not None
         self.quorum, self.is_active, self.broken = self.offered, True, ""
-        self.round, self._has_result = 0, False
+        self.round, self._has_result, self._is_going = 0, False, False
         self._move("connect")
         self.world.properties.entered(self)
         ticket = self._ticket
@@ -265,11 +265,11 @@ class Worker(Process):
             quorum = self.quorum
             if quorum.from_base and quorum.source is None:
                 self.state = State()
-                self._compute()
+                self._begin()
             elif self.one == quorum.source or self.one in quorum.behind:
                 self._transfer(quorum)
             else:
-                self._compute()
+                self._begin()
 
         return proceed
 
@@ -292,7 +292,7 @@ class Worker(Process):
         for peer in self.world.members(quorum):
             if peer.one in quorum.behind:
                 peer.after(self.world.random.choice((0.001, 0.05)), peer.receive(quorum.number, state))
-        self._compute()
+        self._begin()
 
     def receive(self, number: Number, state: State) -> Callable[[], None]:
         def proceed() -> None:
@@ -302,41 +302,59 @@ class Worker(Process):
                 self.after(0.03, self.receive(number, state))
             elif self.phase == "transfer":
                 self.state, self.is_torn = state, False
-                self._compute()
+                self._begin()
 
         return proceed
 
+    def _begin(self) -> None:
+        """What a quorum that is to commit and go says in its first exchange is the same for all: it came with the quorum."""
+        if self.commit:
+            self._go_home()
+        else:
+            self._compute()
+
     def _compute(self) -> None:
         self._move("step")
-        ticket = self._ticket
-        self.after(self.world.random.choice((0.1, 0.15, 0.3)), lambda: self._exchange(ticket))
+        self._compute_shard(self.world.random.choice((0.1, 0.15, 0.3)), self.world.num_shards)
 
-    def _exchange(self, ticket: int) -> None:
+    def _compute_shard(self, duration_s: float, left: int) -> None:
+        ticket = self._ticket
+        self.after(duration_s, lambda: self._computed(ticket, duration_s, left - 1))
+
+    def _computed(self, ticket: int, duration_s: float, left: int) -> None:
+        """Between two shards, and before the exchange, it looks whether to go on."""
         assert self.quorum is not None
         if ticket != self._ticket:
             return
         if self.over >= self.quorum.number or self.must_leave:
             self._leave("it is over, or goes on without this worker")
-            return
+        elif left:
+            self._tick()
+            self._compute_shard(duration_s, left)
+        else:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        assert self.quorum is not None
         assert self.state is not None
         self._has_result = False
         self._move("exchange")
         meeting = self._meeting()
         given = meeting.rounds.setdefault(self.round, {})
-        given[self.one] = (self.state, self.change)
+        given[self.one] = (self.state, self.change, self.commit)
         if meeting.gone and len(given) < len(self.quorum.workers):
             self.fail_after(0.01)
         elif len(given) == len(self.quorum.workers):
             self.world.properties.round(meeting, self.round)
-            change = any(one[1] for one in given.values())
+            change, commit = (any(one[wish] for one in given.values()) for wish in (1, 2))
             for peer in self.world.members(self.quorum):
                 ticket = peer._ticket
-                peer.after(self.world.random.choice((0.001, 0.01, 0.05)), peer.result(ticket, change))
+                peer.after(self.world.random.choice((0.001, 0.01, 0.05)), peer.result(ticket, change, commit))
 
-    def result(self, ticket: int, change: bool) -> Callable[[], None]:
+    def result(self, ticket: int, change: bool, commit: bool) -> Callable[[], None]:
         def proceed() -> None:
-            if ticket == self._ticket and self.phase == "exchange":
-                self._has_result, self._changes = True, change
+            if ticket == self._ticket and self.phase == "exchange" and not self._is_going:
+                self._has_result, self._changes, self._commits = True, change, commit
                 self._ticket += 1  # nothing that a peer does matters any more
                 self._look()
 
@@ -385,7 +403,41 @@ class Worker(Process):
         self._next()
 
     def _next(self) -> None:
-        if self._changes:
+        if self._changes and self._commits:
+            self._go_home()
+        elif self._changes:
             self._leave("")
         else:
             self._compute()
+
+    def _go_home(self) -> None:
+        """Nobody leaves before the last commit stands."""
+        assert self.quorum is not None
+        assert self.state is not None
+        self._is_going = True
+        if self.one != self.quorum.workers[0]:
+            self._move("exchange")
+            if self._meeting().gone:
+                self.fail_after(0.01)
+            return
+        self._move("commit")
+        quorum, state, ticket = self.quorum, self.state, self._ticket
+        self.after(0.2, lambda: self._commit_last(quorum, state, ticket))
+
+    def _commit_last(self, quorum: Quorum, state: State, ticket: int) -> None:
+        if ticket != self._ticket:
+            return
+        if self.world.store.commit(quorum.incarnation, state):
+            self.committed = max(self.committed, Committed(quorum.incarnation, state.step))
+            for peer in self.world.members(quorum):
+                if peer.one != self.one:
+                    peer.after(0.01, peer.goes(quorum.number))
+        self._leave("")
+
+    def goes(self, number: Number) -> Callable[[], None]:
+        def proceed() -> None:
+            if self.quorum is not None and self.quorum.number == number and self.phase == "exchange" and self._is_going:
+                self._ticket += 1
+                self._leave("")
+
+        return proceed

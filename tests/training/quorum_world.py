@@ -50,6 +50,7 @@ Fault = Literal[
     "machine stops",
     "machine is cut off",
     "release",
+    "release all",
     "join",
     "false end",
     "noise",
@@ -149,6 +150,9 @@ class World:
         self.noise = noise
         self.is_calm = False
         self.evaluate_ticks = 2
+        self.num_shards = 1
+        self.starts_from = 0.0
+        """No group is started before this."""
         self.store = Store()
         self.hosts: list[Host] = []
         self.workers: dict[WorkerId, Worker] = {}
@@ -260,7 +264,7 @@ class World:
             if number not in self.ended and any(worker.is_dead for worker in workers):
                 self._end_later(number, self.random.choice((0.0, 1.0, 1.0 if self.is_calm else 6.0)))
         living = [number for number in self.groups if number not in self.ended and number not in self.leaving]
-        if len(living) < self.num_groups:
+        if len(living) < self.num_groups and self.now >= self.starts_from:
             self.start_group(self.sizes[len(self.groups) % len(self.sizes)])
         self.at(self.now + 1.0 / 2, self._drive)
 
@@ -391,6 +395,8 @@ class World:
         match fault:
             case "release":
                 self._release()
+            case "release all":
+                self.release_all(self.random.choice((2.0, 6.0)))
             case "join" if len(self.groups) - len(self.ended) < self.num_groups + 2:
                 self.start_group(self.random.choice((1, 2)))
             case "false end" if number not in self.ended:
@@ -443,6 +449,13 @@ class World:
             self.leaving.add(number)
             self.tell(self.hosts[-1], Release((number,)))
 
+    def release_all(self, pause_s: float) -> None:
+        """The run is paused."""
+        self.note("all groups are released")
+        self.starts_from = self.now + pause_s
+        self.leaving |= set(self.groups) - self.ended
+        self.tell(self.hosts[-1], Release(tuple(sorted(self.leaving))))
+
     def calm_down(self) -> None:
         """No more faults. Old machines end; who is stopped for long is left to be found."""
         self.note("calm")
@@ -474,7 +487,7 @@ THEMES: tuple[Theme, ...] = (
     (("machine is cut off", "machine is cut off", "machine dies", "machine stops", "stop", "kill"), (0.0, 0.0, 0.1)),
     (("hang", "hang there", "hang there", "kill", "join"), (0.0,)),
     (("wipe", "stop", "stop", "cut", "claim"), (0.0, 0.1)),
-    (("stop", "kill", "release", "join", "machine dies"), (0.3, 0.5)),
+    (("stop", "kill", "release", "join", "release all"), (0.3, 0.5)),
     (("machine is cut off", "stop"), (0.0,)),
     (("wipe", "stop"), (0.0,)),
 )

@@ -409,16 +409,16 @@ def test_a_paused_run_frees_all_it_holds_and_goes_on_in_another_cluster(
     free = idle_cpus()
     job = start("moved", GATE | {"step": 40}, checkpoint={"every_steps": 1000})
     gather(job)
+    job.wait_for_status(lambda status: all(worker["step"] == 40 for worker in status["workers"]))
     runs(job, "pause")
-    job.open_gate(40)
     asked_at = time.monotonic()
     wait_for_cpus(free)
-    print(f"all were gone {time.monotonic() - asked_at:.1f} s after the pause was asked for, and their step could end")
+    print(f"all were gone {time.monotonic() - asked_at:.1f} s after the pause was asked for, in the middle of a long step")
     assert job.wait() == 0, job.output
     assert "`tidepool runs resume moved` continues it" in job.output.splitlines()[-1]
-    paused = paused_step(store, "moved")
-    assert paused is not None
-    assert [commit.step for commit in RunLog(store, "moved").visible_commits()] == [paused]
+    assert paused_step(store, "moved") == 40
+    assert [commit.step for commit in RunLog(store, "moved").visible_commits()] == [40]
+    job.open_gate(40)
     with one_cluster(store.url, tmp_path / "other.log") as other:
         runs(job, "resume", environment=other.environment)
         wait_until(lambda: read_result(store, "moved") is not None)

@@ -11,6 +11,7 @@ Properties, looked at from outside at every event:
 - source, behind, not ready: a quorum is what its workers said last; only whole state of its step is handed on, or gone on with.
 - whole groups, min groups, numbers: a group is in whole or not at all; numbers grow over all machines.
 - killed: nobody whose reports arrive and whose main thread moves is killed. fatal: nor is the run ended.
+- nothing lost: a run that is paused, and that nothing else befalls, has committed its newest step when its groups are gone.
 - progress: some time after the last fault every group that is alive takes steps in the one quorum of the newest incarnation; who
   stopped is back in line, who hangs for good was found, killed and replaced.
 
@@ -56,6 +57,19 @@ NUM_LIVES = int(os.environ.get("TIDEPOOL_LIVES", "530"))
 def test_every_property_holds_in_every_life(part: int) -> None:
     for seed in range(part, NUM_LIVES, 8):
         live(seed)
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("num_groups", [1, 2, 3])
+@pytest.mark.parametrize("num_shards", [1, 40])
+def test_a_run_that_is_paused_has_committed_its_newest_step_and_is_soon_gone(seed: int, num_groups: int, num_shards: int) -> None:
+    world = World(seed, sizes=(1,) * num_groups, min_groups=num_groups)
+    world.num_shards = num_shards
+    assert world.run_until(90.0, lambda: len(world.properties.steps) >= 2 * num_groups)
+    world.run_until(world.now + 1.0 + seed / 10)
+    world.release_all(pause_s=1000.0)
+    assert world.run_until(world.now + 4.0, lambda: all(worker.is_dead for worker in world.workers.values())), world.log[-30:]
+    assert world.store.newest.step == max(step for _, _, _, step in world.properties.steps), world.log[-30:]
 
 
 # --- Planted bugs -----------------------------------------------------------------------------------------------------
@@ -391,6 +405,29 @@ def test_a_released_group_leaves_at_a_step_boundary() -> None:
     desk.leave(B, step=6, digest="6")
     assert desk.told[B].leave
     assert desk.formed(desk.leave(A, step=6, digest="6")).workers == (A,)
+
+
+def test_groups_that_all_leave_amid_a_long_step_meet_to_commit_what_they_hold() -> None:
+    desk = _running(A, B, step=5)
+    assert desk.event(Release((0, 1))) == []
+    assert desk.wait(RULES.leave_s, A, B) == []
+    assert desk.wait(0.3, A, B)[0] == Over(_number(1), "all of its groups were released, and its step is long")
+    desk.leave(A)
+    assert not desk.told[A].leave
+    assert desk.formed(desk.leave(B)).workers == (A, B)
+    desk.hear(A)
+    assert desk.told[A].commit
+    desk.hear(A, phase="commit", is_active=True, quorum=desk.told[A].quorum, committed=Committed(1, 5))
+    desk.leave(A, committed=Committed(1, 5))
+    assert desk.told[A].leave
+
+
+def test_groups_that_all_leave_and_hold_nothing_new_go_at_once() -> None:
+    desk = _running(A, step=5)
+    desk.hear(A, committed=Committed(1, 5))
+    desk.event(Release((0,)))
+    desk.leave(A, committed=Committed(1, 5))
+    assert desk.told[A].leave
 
 
 def test_a_group_that_ended_gets_no_lease_and_is_not_waited_for_longer_than_its_last() -> None:

@@ -16,6 +16,7 @@ from ray.exceptions import RayError
 
 from tidepool.messages import ClusterView, Resources, RunReport, Standing
 from tidepool.pool.books import Books
+from tidepool.pool.closing import Closures
 from tidepool.pool.cluster import read_cluster
 from tidepool.pool.demand import Demand
 from tidepool.pool.desk import Desk, Wish, deployment_name
@@ -46,6 +47,7 @@ class Arbiter:
         self._desk = Desk(Rules(), secrets.token_hex(4), time.time())
         self._books = Books(RayJobs())
         self._inspector, self._is_inspected = Inspector(health), False
+        self._closures = Closures()
         self._begun_s = time.time()
         self._news = asyncio.Event()
         """Something was said that may change what is decided."""
@@ -118,6 +120,11 @@ class Arbiter:
             return allowed
         return num_target if time.time() - self._begun_s < _PATIENCE_S else wanted  # who cannot see the cluster holds up nobody
 
+    async def why_closed(self, node: str) -> str | None:
+        """Why nobody is to be on a node; None if it is open. A replica that is told so says that it is unwell, and Serve replaces it."""
+        self._begin()
+        return self._desk.quarantined.get(node)
+
     # --- Whoever looks --------------------------------------------------------------------------------------------------
 
     async def watch(self, store_url: str) -> None:
@@ -146,6 +153,7 @@ class Arbiter:
         """Ask Ray how the cluster is."""
         try:
             view = await asyncio.to_thread(read_cluster)
+            view = await asyncio.to_thread(self._closures.step, view, self._desk.quarantined if self._is_inspected else None)
         except RayError as error:  # the head is busy or away: what was seen last counts
             _logger.warning("Ray does not say how the cluster is: %r", error)
         else:

@@ -27,6 +27,7 @@ from tidepool.messages import (
     Places,
     Plan,
     Quota,
+    Reason,
     Replica,
     ReplicaActor,
     Resources,
@@ -195,7 +196,7 @@ class Desk:
                         gave.add(run)
                 case StartReplica(deployment, _, _):
                     num_started[deployment] = num_started.get(deployment, 0) + 1
-                case DrainReplica(deployment, _, _, _):
+                case DrainReplica(deployment, _, Reason("spare"), _):  # Serve itself moves those of nodes that leave
                     num_drained[deployment] = num_drained.get(deployment, 0) + 1
         for name, known in self._runs.items():
             self._note_change(known, had[name], now_s, name in gave)

@@ -22,7 +22,7 @@ _ACCELERATOR_LABEL = "ray.io/accelerator-type"
 _ACCELERATOR_PREFIX = "accelerator_type:"
 _MARKET_LABEL = "ray.io/market-type"
 _DOMAIN_LABELS = "rack", "ray.io/availability-zone"
-_NODE_ID_LABEL = "ray.io/node-id"
+NODE_ID_LABEL = "ray.io/node-id"
 _REPLICA_PREFIX = "SERVE_REPLICA::"
 _SERVE_NAMESPACE = "serve"
 _NO_CAPACITY_S = 600.0
@@ -109,7 +109,7 @@ def _kind(resources: Mapping[str, float], labels: Mapping[str, str]) -> str:
 
 
 def _label_set(labels: Mapping[str, str]) -> frozenset[str]:
-    return frozenset(f"{key}={value}" for key, value in labels.items() if key != _NODE_ID_LABEL)
+    return frozenset(f"{key}={value}" for key, value in labels.items() if key != NODE_ID_LABEL)
 
 
 def _whole(resources: Mapping[str, float]) -> Resources:

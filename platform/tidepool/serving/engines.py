@@ -21,7 +21,9 @@ from ray.serve.handle import DeploymentHandle
 
 from tidepool import __version__
 from tidepool.announcement import DIRECTORY
+from tidepool.errors import ModelError
 from tidepool.inference.engine import EngineStats
+from tidepool.messages import ARBITER, NAMESPACE
 from tidepool.models.source import ModelSource
 from tidepool.serving import scaling
 from tidepool.serving.autoscaler import Autoscaler
@@ -38,6 +40,7 @@ SHUTDOWN_POLL_S = 0.2
 _PATIENCE_S = 10.0
 """For what a replica that must go still finishes by itself."""
 _REPORT_EVERY_S = 3.0
+_CHECK_EVERY_S = 3.0
 _METRICS_EVERY_S = 1.0
 """How often Serve asks a replica for what its scaling policy goes by."""
 _logger = logging.getLogger(__name__)
@@ -60,6 +63,7 @@ def engines(application: str, spec: ServingSpec, base: ModelSource) -> serve.App
         name=engines_of(application, base_id(base.digest))[1],
         autoscaling_config=autoscaling(spec.replicas),
         ray_actor_options={"num_cpus": spec.replicas.cpus_per_replica, "num_gpus": spec.replicas.gpus_per_replica},
+        health_check_period_s=_CHECK_EVERY_S,
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
         graceful_shutdown_wait_loop_s=SHUTDOWN_POLL_S,
     )
@@ -100,9 +104,11 @@ class EngineReplica:
         endpoint = await self._host.open(_own_id(), base.digest, ray.util.get_node_ip_address())
         self._presence = Presence(endpoint, serve.get_deployment_handle(DIRECTORY, application), lambda: self._host.is_busy)
 
-    def check_health(self) -> None:
-        """Asked by Serve, which replaces a replica that raises."""
+    async def check_health(self) -> None:
+        """Asked by Serve, which starts another replica for one that raises a few times, and lets this one hand its requests over."""
         self._replica.check()
+        if why := await _why_closed(ray.get_runtime_context().get_node_id()):
+            raise ModelError(f"This replica leaves its node, which is in quarantine: {why}.")
 
     def counters(self) -> EngineStats:
         """What the engine of this replica has counted, for whoever looks: a request of Serve's, which goes to any of them."""
@@ -148,6 +154,16 @@ class Presence:
             except SERVE_ERRORS as error:  # Serve starts another one
                 _logger.warning("The directory does not answer: %r", error)
             await asyncio.sleep(_REPORT_EVERY_S)
+
+
+async def _why_closed(node: str) -> str | None:
+    """Why this node is to be left, as far as there is an arbiter that says so."""
+    try:
+        async with asyncio.timeout(_REPORT_EVERY_S):
+            why: str | None = await ray.get_actor(ARBITER, NAMESPACE).why_closed.remote(node)
+    except (ValueError, *SERVE_ERRORS):  # there is none, or it is being started again
+        return None
+    return why
 
 
 def _own_id() -> str:

@@ -161,7 +161,8 @@ class StepLoop:
         self.model.train()
         self.read_ahead(self.step, group.rank, group.size)
         said = self._agree(group)
-        said = replace(said, wishes=Wishes(stop=said.wishes.stop))  # a quorum takes a step before it changes, or it might never take one
+        # A quorum takes a step before it changes, or it might never take one; but not when all of it only commits and goes.
+        said = replace(said, wishes=Wishes(said.wishes.stop, change=said.wishes.commit, commit=said.wishes.commit))
         while True:
             if self._is_evaluation_due():
                 self._evaluate(group)

@@ -10,6 +10,7 @@ Invariants (checked after every event, and from outside in tests/training/test_q
 - Numbers only grow, also over a restart of the machine.
 - No quorum starts below the newest commit that is known.
 - A group is in a quorum whole or not at all; a worker without state hands none on.
+- A group that was released is in no new quorum, unless all are and hold more than is committed: they meet once more, to commit it.
 - Workers that hold the same step must agree on its digest, else the run ends.
 - Without a recent word from the driver, which may have started another machine, nothing is granted, formed or killed.
 
@@ -61,7 +62,8 @@ class Rules:
     somebody who hung is seen, too."""
     least_s: float = 10.0
     leave_s: float = 1.0
-    """A group that was released and has not come to the end of its step after this leaves in the middle, if others hold the state."""
+    """A group that was released and has not come to the end of its step after this leaves in the middle: the others hold the state,
+    or all go, and meet to commit it."""
     max_futile: int = 10
     """So many quorums without a new step, one after the other, end the run."""
 
@@ -164,7 +166,7 @@ class QuorumMachine:
             worker.leased_at = now
         is_member = self._is_member(report.worker)
         stay = {one.group for one in self.current.workers if not self._groups[one.group].is_leaving} if self.current else set()
-        is_late = group.released_at is not None and now - group.released_at > self._rules.leave_s and bool(stay)
+        is_late = self._is_late(group, now) and bool(stay)
         return Directive(
             sequence=report.sequence,
             epoch=self._epoch,
@@ -174,7 +176,7 @@ class QuorumMachine:
             change=is_member and self._wants_change(now),
             stop=self._stopping,
             commit=is_member and not stay,
-            leave=group.is_ended or (is_late if is_member else group.is_leaving and not worker.report.is_active),
+            leave=group.is_ended or (is_late if is_member else self._may_go(worker, now)),
             committed=self._committed,
         )
 
@@ -272,6 +274,11 @@ class QuorumMachine:
                 return f"worker {report.worker} is stuck in {report.phase}"
         if all(self._waits_for_peers(worker) for worker in members):
             return "its workers wait for one another"
+        groups = [self._groups[one.group] for one in quorum.workers]
+        was_asked = any(group.released_at is not None and group.released_at >= self._formed_at for group in groups)
+        is_late = was_asked and self._all_leave and all(self._is_late(group, now) for group in groups)
+        if is_late and any(worker.report.phase == "step" for worker in members):
+            return "all of its groups were released, and its step is long"
         return ""
 
     def _waits_for_peers(self, worker: _Worker) -> bool:
@@ -308,7 +315,7 @@ class QuorumMachine:
                     decisions.append(Probe(report.worker, report.address))
             return
         groups = [group for number, group in sorted(self._groups.items()) if self._is_candidate(number, now)]
-        if len(groups) >= self._min_groups:
+        if len(groups) >= (1 if self._all_leave else self._min_groups):
             reports = [group.workers[rank].report for group in groups for rank in range(group.size)]
             decisions += self._form(reports, now)
 
@@ -381,9 +388,35 @@ class QuorumMachine:
 
     def _is_candidate(self, number: int, now: float) -> bool:
         group = self._groups[number]
-        if group.is_leaving or not group.size or len(group.workers) < group.size:
+        if group.is_leaving and not self._is_last_call(now):
             return False
-        return all(worker.report.is_ready and self._is_present(worker, now) for worker in group.workers.values())
+        return self._is_whole(group, now) and all(worker.report.is_ready for worker in group.workers.values())
+
+    def _is_whole(self, group: _Group, now: float) -> bool:
+        is_there = group.size > 0 and len(group.workers) == group.size
+        return is_there and all(self._is_present(worker, now) for worker in group.workers.values())
+
+    # --- Going --------------------------------------------------------------------------------------------------------
+
+    @property
+    def _all_leave(self) -> bool:
+        return all(group.is_leaving or group.is_ended for group in self._groups.values())
+
+    def _is_late(self, group: _Group, now: float) -> bool:
+        return group.released_at is not None and now - group.released_at > self._rules.leave_s
+
+    def _is_last_call(self, now: float) -> bool:
+        """All groups leave, and one that can still commit holds more than is committed."""
+        if not self._all_leave:
+            return False
+        holders = (group for group in self._groups.values() if self._is_whole(group, now))
+        steps = (worker.report.step for group in holders for worker in group.workers.values())
+        return any(step is not None and step > self._committed.step for step in steps)
+
+    def _may_go(self, worker: _Worker, now: float) -> bool:
+        """It was released, is in no quorum, and nothing is left for it to commit."""
+        is_released = self._groups[worker.report.worker.group].is_leaving
+        return is_released and not worker.report.is_active and not self._is_last_call(now)
 
     def _wants_change(self, now: float) -> bool:
         assert self.current is not None
