@@ -15,7 +15,7 @@ from tidepool import local_cluster
 from tidepool.local_cluster import LocalCluster
 from tidepool.storage import open_store
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 ROOT = Path(__file__).parents[1]
 RUN = f"secretive-{uuid.uuid4().hex[:8]}"
 PLANTED = {name: f"planted-{name.lower()}-{uuid.uuid4().hex}" for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN")}

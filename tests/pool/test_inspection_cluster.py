@@ -87,7 +87,7 @@ def test_a_check_is_called_off_where_somebody_comes(cluster: LocalCluster, tmp_p
     [
         ("print('[]'); sys.stdout.flush(); os._exit(0)", "it answered nonsense"),
         ("os._exit(7)", "RuntimeError: the process of the check ended with 7"),
-        (HANG, "it did not end in 20 s"),
+        pytest.param(HANG, "it did not end in 20 s", marks=pytest.mark.long),
     ],
 )
 def test_a_node_whose_check_lies_is_quarantined_and_no_other(cluster: LocalCluster, tmp_path: Path, lie: str, why: str) -> None:

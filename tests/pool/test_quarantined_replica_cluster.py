@@ -1,4 +1,4 @@
-"""A replica of Serve's on a node that goes into quarantine: it moves, its streams with it, and nothing comes to that node before it returns."""
+"""A replica of Serve's on a node that goes into quarantine moves, its streams with it, and none comes to that node before it returns."""
 
 import asyncio
 import json

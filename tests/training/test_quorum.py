@@ -47,6 +47,7 @@ from tidepool.training.quorum_events import (
     Refused,
     Release,
     Reported,
+    StopAsked,
     Tick,
 )
 
@@ -411,7 +412,7 @@ def test_groups_that_all_leave_amid_a_long_step_meet_to_commit_what_they_hold() 
     desk = _running(A, B, step=5)
     assert desk.event(Release((0, 1))) == []
     assert desk.wait(RULES.leave_s, A, B) == []
-    assert desk.wait(0.3, A, B)[0] == Over(_number(1), "all of its groups were released, and its step is long")
+    assert desk.wait(0.3, A, B)[0] == Over(_number(1), "all of it is to go, and its step is long")
     desk.leave(A)
     assert not desk.told[A].leave
     assert desk.formed(desk.leave(B)).workers == (A, B)
@@ -420,6 +421,20 @@ def test_groups_that_all_leave_amid_a_long_step_meet_to_commit_what_they_hold() 
     desk.hear(A, phase="commit", is_active=True, quorum=desk.told[A].quorum, committed=Committed(1, 5))
     desk.leave(A, committed=Committed(1, 5))
     assert desk.told[A].leave
+
+
+def test_a_run_that_is_to_stop_amid_a_long_step_meets_to_commit_what_it_holds() -> None:
+    desk = _running(A, B, step=5)
+    assert desk.event(StopAsked()) == []
+    assert desk.wait(RULES.leave_s, A, B) == []
+    assert desk.wait(0.3, A, B)[0] == Over(_number(1), "all of it is to go, and its step is long")
+    desk.leave(A)
+    assert desk.formed(desk.leave(B)).workers == (A, B)
+    for one in (A, B):
+        desk.hear(one)
+        desk.hear(one, phase="step", is_active=True, quorum=desk.told[one].quorum)
+        assert desk.told[one].stop
+    assert desk.wait(3 * RULES.leave_s, A, B) == [], "once is enough"
 
 
 def test_groups_that_all_leave_and_hold_nothing_new_go_at_once() -> None:

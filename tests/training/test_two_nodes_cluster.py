@@ -30,7 +30,7 @@ from tidepool.local_cluster import LocalCluster
 from tidepool.storage import open_store
 from tidepool.training.outcome import read_result
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.long]
 ROOT = Path(__file__).parents[2]
 TIMEOUT_S = 240
 RUN = "two-nodes"

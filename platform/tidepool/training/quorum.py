@@ -11,6 +11,7 @@ Invariants (checked after every event, and from outside in tests/training/test_q
 - No quorum starts below the newest commit that is known.
 - A group is in a quorum whole or not at all; a worker without state hands none on.
 - A group that was released is in no new quorum, unless all are and hold more than is committed: they meet once more, to commit it.
+  So all groups leave amid a long step, too; and those of a run that is to stop.
 - Workers that hold the same step must agree on its digest, else the run ends.
 - Without a recent word from the driver, which may have started another machine, nothing is granted, formed or killed.
 
@@ -62,7 +63,7 @@ class Rules:
     somebody who hung is seen, too."""
     least_s: float = 10.0
     leave_s: float = 1.0
-    """A group that was released and has not come to the end of its step after this leaves in the middle: the others hold the state,
+    """A group that is to go and has not come to the end of its step after this leaves in the middle: the others hold the state,
     or all go, and meet to commit it."""
     max_futile: int = 10
     """So many quorums without a new step, one after the other, end the run."""
@@ -125,7 +126,8 @@ class QuorumMachine:
         self._slowest_s: dict[str, float] = {}
         self._futile = 0
         self._last_broken = ""
-        self._stopping = False
+        self._stop_at: float | None = None
+        """When the run was asked to stop."""
         self._is_fatal = False
 
     @property
@@ -174,7 +176,7 @@ class QuorumMachine:
             over=self.over,
             is_leased=is_leased,
             change=is_member and self._wants_change(now),
-            stop=self._stopping,
+            stop=self._stop_at is not None,
             commit=is_member and not stay,
             leave=group.is_ended or (is_late if is_member else self._may_go(worker, now)),
             committed=self._committed,
@@ -200,7 +202,7 @@ class QuorumMachine:
                 for released in (self._groups.setdefault(number, _Group(0)) for number in groups):
                     released.released_at = now if released.released_at is None else released.released_at
             case StopAsked():
-                self._stopping = True
+                self._stop_at = now if self._stop_at is None else self._stop_at
             case Tick():
                 pass
 
@@ -274,12 +276,18 @@ class QuorumMachine:
                 return f"worker {report.worker} is stuck in {report.phase}"
         if all(self._waits_for_peers(worker) for worker in members):
             return "its workers wait for one another"
-        groups = [self._groups[one.group] for one in quorum.workers]
-        was_asked = any(group.released_at is not None and group.released_at >= self._formed_at for group in groups)
-        is_late = was_asked and self._all_leave and all(self._is_late(group, now) for group in groups)
+        asked_at = self._all_asked_at(quorum)
+        is_late = asked_at is not None and self._formed_at <= asked_at < now - self._rules.leave_s
         if is_late and any(worker.report.phase == "step" for worker in members):
-            return "all of its groups were released, and its step is long"
+            return "all of it is to go, and its step is long"
         return ""
+
+    def _all_asked_at(self, quorum: Quorum) -> float | None:
+        """Since when all members are to commit and go."""
+        if self._stop_at is not None or not self._all_leave:
+            return self._stop_at
+        times = [self._groups[one.group].released_at for one in quorum.workers]
+        return max(at for at in times if at is not None)
 
     def _waits_for_peers(self, worker: _Worker) -> bool:
         return worker.report.phase in _WITH_PEERS and self._stands_s(worker) > self._deadline_s("exchange")
