@@ -1,6 +1,8 @@
 """A spot instance's notice, from the metadata service to Ray's command."""
 
 import json
+import subprocess
+import sys
 from datetime import UTC, datetime
 
 import pytest
@@ -40,3 +42,8 @@ def test_a_service_that_does_not_answer_or_refuses_says_nothing(metadata: Metada
 )
 def test_what_a_notice_says(notice: str, left_s: int | None) -> None:
     assert seconds_left(notice, NOW) == left_s
+
+
+def test_a_command_that_ends_by_itself_ends_it_with_its_status() -> None:
+    command = [sys.executable, "-m", "tidepool.spot_notice", "--address=127.0.0.1:9", sys.executable, "-c", "raise SystemExit(7)"]
+    assert subprocess.run(command, check=False, timeout=60).returncode == 7

@@ -1,44 +1,106 @@
-"""Tells Ray that a cloud is about to take this node back, so that nothing new starts on it: `python -m tidepool.spot_notice`.
+"""Has Ray leave this node in time when it is about to end: `python -m tidepool.spot_notice --address HOST:PORT [COMMAND ...]`.
 
-It runs beside Ray on each worker node of `cluster.yaml`, asks the instance's metadata service (AWS's IMDSv2, "Spot Instance
-interruption notices") every few seconds, drains the node by `ray drain-node` once there is a notice, and ends. On a node
-that is not a spot instance it never hears of one. Knows Ray only as a command.
+Whoever ends a node says so in one of two ways, and both drain the node by `ray drain-node`, so that nothing new starts on it and what is
+there leaves:
+
+- The cloud takes a spot instance back: the instance's metadata service (AWS's IMDSv2, "Spot Instance interruption notices") is asked
+  every few seconds. On a node that is not a spot instance it never says so.
+- SIGTERM, as a container's first process or a service gets it: the node is drained with `--grace` seconds, which are waited for as long as
+  Ray runs here. With a COMMAND that starts Ray (`ray start --block ...`) it is ended only then; on its own it ends with this.
+
+Knows Ray only as a command.
 """
 
 import argparse
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from datetime import UTC, datetime
+
+import psutil
 
 from tidepool.telemetry import configure_logging
 
 ENDPOINT_VARIABLE = "AWS_EC2_METADATA_SERVICE_ENDPOINT"
 _ENDPOINT = "http://169.254.169.254"
 _POLL_S = 5.0
+_LOOK_EVERY_S = 0.2
 _TIMEOUT_S = 2.0
+_END_TIMEOUT_S = 20.0
 _TOKEN_TTL_S = 60
 _logger = logging.getLogger("tidepool.spot_notice")
 
 
 def main() -> int:
-    """Wait for a notice and drain the node; returns the exit status of that."""
-    parser = argparse.ArgumentParser(description="Drain this Ray node when its spot instance is about to be taken back.")
+    """Wait for a notice or SIGTERM and drain the node; returns the exit status of the command, or of the draining if there is none."""
+    parser = argparse.ArgumentParser(description="Drain this Ray node when it is about to end: spot notices and SIGTERM.")
     parser.add_argument("--address", required=True, help="HOST:PORT of the cluster's head")
-    parser.add_argument("--node-id", help="the node (hex), where several run on one machine; default: this machine's")
+    parser.add_argument("--node-id", help="the node (hex), where several run on one machine (default: the command's, or this machine's)")
+    parser.add_argument("--grace", type=int, default=25, metavar="SECONDS", help="from SIGTERM to the end (default: %(default)s)")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="runs Ray on this node: ray start --block ...")
     options = parser.parse_args()
     configure_logging()
+    is_asked_to_end = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: is_asked_to_end.set())
+    process = subprocess.Popen(options.command) if options.command else None
     endpoint = os.environ.get(ENDPOINT_VARIABLE, _ENDPOINT)
-    while True:
-        left_s = ask(endpoint)
-        if left_s is not None:
-            return drain(options.address, options.node_id, left_s)
-        time.sleep(_POLL_S)
+    status, is_drained, asked_at = 0, False, float("-inf")
+    while not is_asked_to_end.wait(_LOOK_EVERY_S):
+        if process is not None and process.poll() is not None:
+            return process.returncode
+        if not is_drained and time.monotonic() - asked_at >= _POLL_S:
+            left_s, asked_at = ask(endpoint), time.monotonic()
+            if left_s is not None:
+                is_drained = True
+                status = drain(options.address, options.node_id or node_of(process), left_s, "this instance is taken back")
+        if is_drained and process is None:
+            return status
+    node_id, deadline = options.node_id or node_of(process), time.monotonic() + options.grace
+    if not is_drained:
+        status = drain(options.address, node_id, options.grace, "this node is asked to end")
+    while status == 0 and time.monotonic() < deadline and any(node_id in (None, node) for _, node in raylets()):
+        time.sleep(_LOOK_EVERY_S)
+    if process is not None:
+        end(process)
+    return status
+
+
+def node_of(process: "subprocess.Popen[bytes] | None") -> str | None:
+    """The id of the node that a command runs on this machine; None if it runs none (yet)."""
+    if process is None or process.poll() is not None:
+        return None
+    return next((node for _, node in raylets(process.pid)), None)
+
+
+def raylets(under: int | None = None) -> Iterator[tuple[psutil.Process, str]]:
+    """Ray's processes for a node on this machine, with the node's id; `under`: descendants of this process alone."""
+    family = psutil.process_iter() if under is None else psutil.Process(under).children(recursive=True)
+    for one in family:
+        try:
+            words = one.cmdline() if one.name() == "raylet" else []
+        except psutil.Error:
+            continue
+        yield from ((one, word.removeprefix("--node_id=")) for word in words if word.startswith("--node_id="))
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    """End the command, if it has not ended, and what it leaves behind."""
+    if process.poll() is not None:
+        return
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    _, left = psutil.wait_procs([psutil.Process(process.pid), *family], timeout=_END_TIMEOUT_S)
+    for one in left:
+        one.kill()
+    process.wait()
 
 
 def ask(endpoint: str) -> int | None:
@@ -69,11 +131,11 @@ def seconds_left(notice: str, now: datetime) -> int | None:
         return None
 
 
-def drain(address: str, node_id: str | None, left_s: int) -> int:
+def drain(address: str, node_id: str | None, left_s: int, why: str) -> int:
     """Ask Ray to drain the node within `left_s` seconds; returns the command's exit status."""
-    _logger.warning("this instance is taken back in %d s: draining the node", left_s)
+    _logger.warning("%s in %d s: draining the node", why, left_s)
     command = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", f"--address={address}"]
-    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot instance interruption notice"]
+    command += ["--reason=DRAIN_NODE_REASON_PREEMPTION", f"--reason-message={why}"]
     command += [f"--deadline-remaining-seconds={left_s}", *([f"--node-id={node_id}"] if node_id else [])]
     return subprocess.run(command, check=False).returncode
 

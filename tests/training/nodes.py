@@ -17,6 +17,7 @@ from tidepool.local_cluster import LocalCluster
 
 TIMEOUT_S = 240
 ADDRESS = "127.0.0.2"
+GRACE_S = 60
 
 
 @dataclass(frozen=True)
@@ -54,10 +55,10 @@ def end(process: "subprocess.Popen[bytes]") -> None:
 
 
 @contextmanager
-def second_node(cluster: LocalCluster, num_cpus: int, packages: Path | None = None) -> Iterator[Node]:
+def second_node(cluster: LocalCluster, num_cpus: int, packages: Path | None = None, notice: bool = False) -> Iterator[Node]:
     """A node without the library on its path, in a folder of its own; its address is another one of loopback.
 
-    `packages` is a folder of packages that it finds before those of the environment.
+    `packages` is a folder of packages that it finds before those of the environment. With `notice`, `tidepool.spot_notice` runs it.
     """
     folder = Path(tempfile.mkdtemp(prefix="tidepool-second-"))  # Ray's sockets need a short path
     ours = ("PYTHONPATH", "TIDEPOOL_STORE", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")
@@ -68,6 +69,8 @@ def second_node(cluster: LocalCluster, num_cpus: int, packages: Path | None = No
     options = {"address": cluster.address, "node-ip-address": ADDRESS, "num-cpus": num_cpus, "num-gpus": 0}
     options |= {"object-store-memory": 100 * 2**20, "temp-dir": str(folder / "ray"), "dashboard-agent-listen-port": free_port()}
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    if notice:
+        command = [sys.executable, "-m", "tidepool.spot_notice", f"--address={cluster.address}", f"--grace={GRACE_S}", *command]
     with (folder / "ray.log").open("wb") as output:
         process = subprocess.Popen(
             [*command, *(f"--{name}={value}" for name, value in options.items())],

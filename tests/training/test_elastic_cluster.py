@@ -21,7 +21,7 @@ import ray
 
 from tests.training.conftest import CONFIG, check_exactly_once, make_run, prepare_dataset, publish_base, train_here
 from tests.training.jobs import Job, Status, bits, claims, coordinator
-from tests.training.nodes import ADDRESS, Node, second_node
+from tests.training.nodes import ADDRESS, GRACE_S, Node, second_node
 from tidepool import local_cluster
 from tidepool.checkpoint import RunLog, read_manifest, verify
 from tidepool.data import find_dataset
@@ -448,6 +448,24 @@ def test_a_node_that_is_drained_is_left_and_the_state_is_committed_if_nobody_sta
     again = start("drained", workers={"cpus_per_worker": 1})
     again.open_gate()
     assert check_same(again, store, undisturbed, num_claims=2)["recomputed_steps"] == 0
+
+
+def test_a_node_that_gets_sigterm_is_left_before_it_ends(
+    cluster: LocalCluster, start: Start, store: ObjectStore, undisturbed: list[str]
+) -> None:
+    with second_node(cluster, num_cpus=5, notice=True) as node:
+        job = start("ended", GATE | {"step": 40}, workers={"cpus_per_worker": 2}, elastic={"min": 1, "max": 3})
+        status = gather(job, 3)
+        there = [worker["group"] for worker in status["workers"] if worker["node_ip"] == ADDRESS]
+        assert there
+        job.wait_for_status(lambda status: all(worker["step"] == 40 for worker in status["workers"]))
+        node.process.terminate()
+        assert node.process.wait(GRACE_S) == 0
+        left = job.wait_for_status(without(*there))
+        assert left["step"] == 40
+        job.open_gate(40)
+        assert check_same(job, store, undisturbed)["recomputed_steps"] == 0
+        assert "is dead" not in job.output
 
 
 def runs(job: Job, command: str, *arguments: str, environment: Mapping[str, str] = os.environ) -> None:
