@@ -13,9 +13,10 @@ four. It cannot know that a slot is Serve's; so a second peer may have no more t
 
 `failed_requests`: without a complete answer. `lost_steps`: completed steps that were taken again, or are missing in the record of samples
 (of ours). `bits_equal`: weights and moments of the run and of the one that was left alone.
-`reclaim_s`, `reclaim_worst_s`: from when serving wants a replica (the arbiter's snapshot; on the other side its actor exists) until it
-has a slot. `return_s`, `return_worst_s`: from a slot's being free of a replica until the run takes steps with the worker that came for
-it. What did not happen counts until it was wanted no longer or until the end, and is counted in the note.
+`reclaim_s`, `reclaim_worst_s`: from when serving wants a replica (the arbiter's snapshot; on the other side its actor exists) until a
+slot is free for it; `placement_s`, `placement_worst_s`: until it holds one. `return_s`, `return_worst_s`: from a slot's being free of a
+replica until the run takes steps with the worker that came for it. What did not happen counts until it was wanted no longer or until
+the end, and is counted in the note.
 `idle_slot_seconds`: slots that nobody holds in Ray's accounts, looked at ten times a second, as a part of slots x time.
 For information: `starting_share` (slots held by who does not work yet), `steps_per_s` in all (by phase in the runs), time to first
 token, and `requests`. All processes are on the same cores, the clients too: how long a process takes to start there is part of all of it.
@@ -41,7 +42,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "platform")]
 import ray
 from chaos import Run, digests, samples
 from http_load import percentile
-from pool_live_events import Change, reclaims, returns, shares
+from pool_live_events import Change, placements, reclaims, returns, shares
 from pool_live_sides import MAX_REPLICAS, NUM_SLOTS, Ours, Phase, Played, Stock, Training, play, wait_until
 from pool_plots import draw_slots, pyplot
 
@@ -70,6 +71,8 @@ METRICS: dict[str, tuple[str, float | None]] = {
     "bits_equal": ("", 1),
     "reclaim_s": ("s", 3),
     "reclaim_worst_s": ("s", 3),
+    "placement_s": ("s", None),
+    "placement_worst_s": ("s", None),
     "return_s": ("s", 5),
     "return_worst_s": ("s", 5),
     "idle_slot_seconds": ("of slots x time", 0.05),
@@ -148,6 +151,7 @@ def figures_of(played: Played) -> Figures:
         "failed_requests": (len(failed), [], "; ".join(sorted({f"{one.status} {one.error}"[:120] for one in failed})[:3])),
         "lost_steps": (played.num_repeated, [], f"{played.num_repeated} steps taken again"),
         **_of_changes("reclaim", reclaims(played.samples)),
+        **_of_changes("placement", placements(played.samples)),
         **_of_changes("return", returns(played.samples)),
         "idle_slot_seconds": (used.idle, [], f"{used.idle * NUM_SLOTS * seconds:.0f} of {NUM_SLOTS * seconds:.0f} slot seconds"),
         "starting_share": (used.starting, [], ""),

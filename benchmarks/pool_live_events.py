@@ -3,7 +3,8 @@
 A list of samples, several a second, is all that there is; times are seconds since it began. A slot is one of Ray's, in Ray's own accounts.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -36,18 +37,29 @@ class Change:
 
 
 def reclaims(samples: Sequence[Sample]) -> list[Change]:
-    """For each replica that was wanted while it had no slot: until it got one, or until it was wanted no longer."""
-    return [change for count in range(1, max((one.wanted for one in samples), default=0) + 1) for change in _reclaims_of(samples, count)]
+    """For each replica that was wanted and had no room: until there was a free slot for it, or until it was wanted no longer."""
+    return _changes(samples, lambda one: one.placed + math.floor(one.free))
 
 
-def _reclaims_of(samples: Sequence[Sample], count: int) -> Iterator[Change]:
-    """Those that brought the replicas from fewer than `count` to so many."""
+def placements(samples: Sequence[Sample]) -> list[Change]:
+    """The same until it held the slot."""
+    return _changes(samples, lambda one: one.placed)
+
+
+def _changes(samples: Sequence[Sample], slots: Callable[[Sample], int]) -> list[Change]:
+    """For each count of replicas that was wanted while there were fewer `slots` for them."""
+    counts = range(1, max((one.wanted for one in samples), default=0) + 1)
+    return [change for count in counts for change in _changes_to(samples, slots, count)]
+
+
+def _changes_to(samples: Sequence[Sample], slots: Callable[[Sample], int], count: int) -> Iterator[Change]:
+    """Those that brought the slots from fewer than `count` to so many."""
     since_s: float | None = None
     for one in samples:
-        if one.wanted >= count > one.placed:
+        if one.wanted >= count > slots(one):
             since_s = one.at_s if since_s is None else since_s
         elif since_s is not None:
-            yield Change(since_s, one.at_s - since_s, one.placed >= count)
+            yield Change(since_s, one.at_s - since_s, slots(one) >= count)
             since_s = None
     if since_s is not None:
         yield Change(since_s, samples[-1].at_s - since_s, is_met=False)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.pool_live_events import Change, Sample, reclaims, returns, shares
+from benchmarks.pool_live_events import Change, Sample, placements, reclaims, returns, shares
 
 
 def sample(at_s: float, wanted: int = 1, placed: int = 1, groups: int = 3, step: int = 0, free: float = 0) -> Sample:
@@ -20,8 +20,14 @@ DOWN = [
 
 
 def test_each_replica_is_waited_for_from_when_it_is_wanted_to_when_it_has_a_slot() -> None:
-    assert reclaims(UP) == [Change(1, 1, is_met=True), Change(1, 3, is_met=True)]
+    assert placements(UP) == reclaims(UP) == [Change(1, 1, is_met=True), Change(1, 3, is_met=True)]
     assert reclaims([sample(0)]) == reclaims([]) == []
+
+
+def test_a_slot_that_is_free_is_reclaimed_and_not_placed_yet() -> None:
+    freed = [*UP[:2], sample(1.5, wanted=3, groups=1, free=1.999), *UP[2:]]
+    assert reclaims(freed) == [Change(1, 0.5, is_met=True), Change(1, 3, is_met=True)]
+    assert placements(freed) == placements(UP)
 
 
 def test_a_replica_that_never_came_is_waited_for_until_it_is_wanted_no_longer_or_the_end() -> None:
