@@ -460,7 +460,9 @@ def test_a_node_that_gets_sigterm_is_left_before_it_ends(
         assert there
         job.wait_for_status(lambda status: all(worker["step"] == 40 for worker in status["workers"]))
         node.process.terminate()
-        assert node.process.wait(GRACE_S) == 0
+        asked_at = time.monotonic()
+        assert node.process.wait(2 * GRACE_S) == 0
+        print(f"the node had ended {time.monotonic() - asked_at:.1f} s after SIGTERM")
         left = job.wait_for_status(without(*there))
         assert left["step"] == 40
         job.open_gate(40)

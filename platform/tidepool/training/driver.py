@@ -22,6 +22,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import tidepool
 from tidepool.checkpoint import Incarnation, RunLog, claim_incarnation, read_manifest
@@ -357,9 +358,12 @@ def _base_step(incarnation: Incarnation) -> int:
 def _make_coordinator(run: str, timeout_s: float = 0.0) -> ActorHandle:
     """The coordinator, which takes the run's name in the cluster; waits for the name of one that died. Raises `RunError`."""
     deadline = time.monotonic() + timeout_s
+    # Beside its driver, with which it ends: a node that goes takes it from no other.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    options = {"name": coordinator_name(run), "namespace": NAMESPACE, "scheduling_strategy": here}
     while True:
         try:
-            return ray.remote(num_cpus=0)(Coordinator).options(name=coordinator_name(run), namespace=NAMESPACE).remote()
+            return ray.remote(num_cpus=0)(Coordinator).options(**options).remote()
         except ValueError as error:  # Ray's way to say that the name is taken
             if time.monotonic() > deadline:
                 raise RunError(

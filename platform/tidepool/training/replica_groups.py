@@ -123,8 +123,8 @@ class ReplicaGroups:
         self.running: dict[int, ReplicaGroup] = {}
         self._vacated: list[Places] = []
         """Where groups were, the latest last."""
-        self._standby: list[ActorHandle] = []
-        """Launchers that wait."""
+        self._standby: list[tuple[str, ActorHandle]] = []
+        """Launchers that wait, each with its node."""
         self._ended_at = float("-inf")
 
     def stand_by(self, most: int) -> None:
@@ -133,16 +133,17 @@ class ReplicaGroups:
             return
         missing = most - len(self.running) - len(self._standby)
         for _ in range(min(missing, len(self._vacated))):
-            launcher = _new_launcher()
+            places = self._vacated.pop()
+            launcher = _new_launcher(places)
             launcher.load.remote()
-            self._standby.append(launcher)
-            start_processes(self._vacated.pop())
+            self._standby.append((_node_of(places), launcher))
+            start_processes(places)
 
     def close(self) -> None:
         """End them all, and what waits."""
         for number in list(self.running):
             self.end(number)
-        for launcher in self._standby:
+        for _, launcher in self._standby:
             ray.kill(launcher)
 
     def start(self, grant: str, places: Places) -> ReplicaGroup:
@@ -150,7 +151,10 @@ class ReplicaGroups:
         self.num_started += 1
         if places in self._vacated:
             self._vacated.remove(places)
-        launcher = self._standby.pop() if self._standby else _new_launcher()
+        waiting = next((one for one in self._standby if one[0] == _node_of(places)), None)
+        if waiting is not None:
+            self._standby.remove(waiting)
+        launcher = waiting[1] if waiting is not None else _new_launcher(places)
         fit = launcher.fit.remote(self._worker, self._task, self.num_started, places)
         group = ReplicaGroup(self.num_started, grant, places, launcher, fit, time.time())
         self.running[group.number] = group
@@ -195,8 +199,14 @@ class ReplicaGroups:
         return [group for group in self.running.values() if not group.has_come]
 
 
-def _new_launcher() -> ActorHandle:
-    return ray.remote(num_cpus=0)(Launcher).remote(installed_versions())
+def _new_launcher(places: Places) -> ActorHandle:
+    """On a node of its group: anywhere else it could end, with its node, a group that has nothing to do with that."""
+    strategy = NodeAffinitySchedulingStrategy(_node_of(places), soft=True)
+    return ray.remote(num_cpus=0)(Launcher).options(scheduling_strategy=strategy).remote(installed_versions())
+
+
+def _node_of(places: Places) -> str:
+    return places[0][0]
 
 
 def _remove_orphans() -> None:
