@@ -171,7 +171,7 @@ def test_people_see_the_queue_and_change_it(start: Callable[[], LocalCluster], s
     assert [(run["run"], run["groups"]) for run in shown["runs"]] == [("holds", 2)]
     assert [(node["cpus"], node["free_cpus"]) for node in shown["nodes"]] == [(2, 0)]
     (snapshot := Path(str(store.url).removeprefix("file://")).parent / "snapshot.json").write_text(tidepool("pool", "snapshot"))
-    assert "run waits (standard, priority 7" in tidepool("pool", "explain", str(snapshot))
+    assert "standard, priority 7," in tidepool("pool", "explain", str(snapshot))
     until(lambda: "default" in tidepool("pool", "usage"), "what is used is not written")
 
 

@@ -358,9 +358,10 @@ def _base_step(incarnation: Incarnation) -> int:
 def _make_coordinator(run: str, timeout_s: float = 0.0) -> ActorHandle:
     """The coordinator, which takes the run's name in the cluster; waits for the name of one that died. Raises `RunError`."""
     deadline = time.monotonic() + timeout_s
-    # Beside its driver, with which it ends: a node that goes takes it from no other.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    options = {"name": coordinator_name(run), "namespace": NAMESPACE, "scheduling_strategy": here}
+    options: dict[str, Any] = {"name": coordinator_name(run), "namespace": NAMESPACE}
+    here = ray.get_runtime_context().get_node_id()
+    if here not in draining_nodes():  # beside its driver, with which it ends: no other node that goes takes it along
+        options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(here, soft=False)
     while True:
         try:
             return ray.remote(num_cpus=0)(Coordinator).options(**options).remote()

@@ -201,7 +201,7 @@ class ReplicaGroups:
 
 def _new_launcher(places: Places) -> ActorHandle:
     """On a node of its group: anywhere else it could end, with its node, a group that has nothing to do with that."""
-    strategy = NodeAffinitySchedulingStrategy(_node_of(places), soft=True)
+    strategy = NodeAffinitySchedulingStrategy(_node_of(places), soft=False)  # Ray puts actors of 0 CPUs anywhere where it is soft
     return ray.remote(num_cpus=0)(Launcher).options(scheduling_strategy=strategy).remote(installed_versions())
 
 
