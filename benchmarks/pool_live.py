@@ -58,7 +58,7 @@ from tidepool.storage import open_store
 Row = dict[str, Any]
 Figures = dict[str, tuple[float, list[float], str]]
 """By metric: the value, the single ones, and a note."""
-LOW_PER_S, HIGH_PER_S = 0.5, 8.0
+LOW_PER_S, HIGH_PER_S = 0.5, 6.0
 _STEPS = 10**6
 MAX_BATCH_SIZE = 2
 """Answers that a replica gives at one time: few, since even a small model's are much work for these cores."""

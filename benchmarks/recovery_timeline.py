@@ -83,7 +83,7 @@ class Timeline:
 
     def _look_for_files(self) -> None:
         for folder in self._folders():
-            for path in folder.glob("worker-*.err"):
+            for path in _files_in(folder):
                 if path not in self._files:
                     self._files[path], self._rests[path] = path.open("rb"), b""
 
@@ -106,6 +106,13 @@ class Timeline:
             self.steps.append(Step(at_s, int(step[1]), pid))
         else:
             self.lines.append(Line(at_s, pid, fields))
+
+
+def _files_in(folder: Path) -> list[Path]:
+    try:
+        return list(folder.glob("worker-*.err"))
+    except FileNotFoundError:  # who connects to Ray makes its link to the newest session anew: the next look finds it
+        return []
 
 
 def completed(steps: Sequence[Step], at_s: float) -> int:
