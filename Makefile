@@ -27,8 +27,8 @@ test: setup
 	@$(BIN)/python -m pytest -m "not long"
 
 # What `make test` has no time for: training scripts as people write them, each killed three times, and one as a job; damaged imports;
-# a cluster that asks for a token, and one for certificates; 10,000 requests that schemathesis makes up; lm-evaluation-harness;
-# replicas of an engine that are killed, must go, and are scaled.
+# a cluster that asks for a token, and one for certificates; planted keys; a cluster of two nodes; 10,000 requests that schemathesis makes
+# up; lm-evaluation-harness; replicas of an engine that are killed, must go, and are scaled; the pool that serving takes a slot from.
 test-slow: setup $(LM_EVAL)/.complete
 	@$(BIN)/python -m pytest -m long
 
