@@ -42,7 +42,7 @@ def views(monkeypatch: pytest.MonkeyPatch) -> list[ClusterView]:
     views = [ClusterView((Node("n0", "H100", 2, 8),), {"n0": Resources(2, 8)})]
     monkeypatch.setattr(arbiter, "read_cluster", lambda: views[-1])
     monkeypatch.setattr(arbiter, "Inspector", NoInspector)
-    monkeypatch.setattr(arbiter.Closures, "step", lambda _, view, quarantined: view)
+    monkeypatch.setattr(arbiter.Closures, "step", lambda _, view, *__: view)
     return views
 
 
