@@ -43,6 +43,20 @@ def test_a_run_that_is_being_started_takes_no_request() -> None:
         asyncio.run(Coordinator().ask(Stop("bot")))
 
 
+def test_a_worker_that_commits_while_a_coordinator_is_being_started_gets_its_account_afterwards() -> None:
+    async def run() -> tuple[bool, dict[str, Any]]:
+        coordinator = Coordinator()
+        asked = asyncio.create_task(coordinator.account())
+        await asyncio.sleep(0)
+        is_early = asked.done()
+        await coordinator.begin(Beginning(1, Claimed(1, None, 0), 0, 1, 4, 0, {}, Rules()))
+        return is_early, await asked
+
+    is_early, account = asyncio.run(run())
+    assert not is_early
+    assert account
+
+
 @pytest.mark.parametrize(("request_", "is_pausing"), [(Pause("bot"), True), (Stop("bot"), False)])
 def test_a_run_that_is_to_leave_says_the_step_that_it_holds(request_: Pause | Stop, is_pausing: bool) -> None:
     async def use(one: Coordinator) -> tuple[int, Orders]:

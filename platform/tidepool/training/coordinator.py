@@ -153,6 +153,7 @@ class Coordinator:
 
     async def account(self) -> dict[str, Any]:
         """Where the run's time went so far, see `ledger`."""
+        await self._begun.wait()  # a worker may commit while the one before is being replaced
         return self._ledger.to_json(time.time())
 
     # --- The driver ---------------------------------------------------------------------------------------------------
