@@ -55,7 +55,7 @@ def served(cluster: LocalCluster, tmp_path: Path) -> Iterator[Published]:
 @pytest.fixture
 def job(cluster: LocalCluster, store: ObjectStore, tmp_path: Path) -> Iterator[Job]:
     """A run that takes what is left, and waits at a step."""
-    job = Job(cluster, pooled_run(store, "pooled"), tmp_path, faults=[GATE])
+    job = Job(cluster, pooled_run(store, "pooled"), tmp_path, faults=[GATE | {"step": 1}, GATE])
     yield job
     if job.process.poll() is None:
         job.process.kill()
@@ -74,12 +74,12 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def loaded(number: int) -> Callable[[Status], bool]:
+def loaded(number: int, step: int = GATE_STEP) -> Callable[[Status], bool]:
     """So many workers are there, and each takes the step that all wait in, or waits to join."""
 
     def is_so(status: Status) -> bool:
         there = [worker for worker in status["workers"] if worker["phase"] != "gone"]
-        return len(there) == number and all(worker["phase"] == "wait" or worker["step"] == GATE_STEP for worker in there)
+        return len(there) == number and all(worker["phase"] == "wait" or worker["step"] == step for worker in there)
 
     return is_so
 
@@ -106,7 +106,9 @@ def test_serving_takes_a_slot_and_gives_it_back_and_neither_costs_a_request_or_a
         return Client(cluster, served, temperature=0, max_tokens=120)
 
     wait_for(lambda: len(replica_pids(cluster)) == 1)
-    job.wait_for_status(loaded(3))
+    job.wait_for_status(loaded(3, step=1))
+    job.open_gate(1)  # so that all three hold the state when one must go
+    job.wait_for_status(lambda status: len(status["groups"]) == 3 and all(one["step"] == GATE_STEP for one in status["workers"]))
     texts = asyncio.run(client().some(6))
 
     async def ask_until(condition: Callable[[], bool]) -> None:
