@@ -9,6 +9,7 @@ class Metadata(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.notice: str | None = None
+        self.num_asked = 0
 
     @property
     def url(self) -> str:
@@ -23,6 +24,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200 if is_token else 400, "secret-token")
 
     def do_GET(self) -> None:
+        self.server.num_asked += 1
         if self.headers["X-aws-ec2-metadata-token"] != "secret-token":
             self._answer(401, "")
         elif self.path != "/latest/meta-data/spot/instance-action" or self.server.notice is None:

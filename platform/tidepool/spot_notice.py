@@ -5,8 +5,9 @@ there leaves:
 
 - The cloud takes a spot instance back: the instance's metadata service (AWS's IMDSv2, "Spot Instance interruption notices") is asked
   every few seconds. On a node that is not a spot instance it never says so.
-- SIGTERM, as a container's first process or a service gets it: the node is drained with `--grace` seconds, which are waited for as long as
-  Ray runs here. With a COMMAND that starts Ray (`ray start --block ...`) it is ended only then; on its own it ends with this.
+- SIGTERM, as a container's first process or a service gets it, if a COMMAND starts Ray (`ray start --block ...`): the node is drained with
+  `--grace` seconds, which are waited for as long as Ray runs, and the command is ended then. Beside Ray, without one, SIGTERM ends this
+  process and no more: `cluster.yaml` replaces it so.
 
 Knows Ray only as a command.
 """
@@ -22,7 +23,6 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import psutil
@@ -49,8 +49,10 @@ def main() -> int:
     options = parser.parse_args()
     configure_logging()
     is_asked_to_end = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: is_asked_to_end.set())
-    process = subprocess.Popen(options.command) if options.command else None
+    process = None
+    if options.command:
+        signal.signal(signal.SIGTERM, lambda *_: is_asked_to_end.set())
+        process = subprocess.Popen(options.command)
     endpoint = os.environ.get(ENDPOINT_VARIABLE, _ENDPOINT)
     status, is_drained, asked_at = 0, False, float("-inf")
     while not is_asked_to_end.wait(_LOOK_EVERY_S):
@@ -63,32 +65,29 @@ def main() -> int:
                 status = drain(options.address, options.node_id or node_of(process), left_s, "this instance is taken back")
         if is_drained and process is None:
             return status
+    assert process is not None
     node_id, deadline = options.node_id or node_of(process), time.monotonic() + options.grace
-    if not is_drained:
+    if node_id is not None and not is_drained:
         status = drain(options.address, node_id, options.grace, "this node is asked to end")
-    while status == 0 and time.monotonic() < deadline and any(node_id in (None, node) for _, node in raylets()):
+    while status == 0 and time.monotonic() < deadline and node_of(process) is not None:
         time.sleep(_LOOK_EVERY_S)
-    if process is not None:
-        end(process)
+    end(process)
     return status
 
 
 def node_of(process: "subprocess.Popen[bytes] | None") -> str | None:
-    """The id of the node that a command runs on this machine; None if it runs none (yet)."""
+    """The id of the node that a command runs; None if it runs none now."""
     if process is None or process.poll() is not None:
         return None
-    return next((node for _, node in raylets(process.pid)), None)
-
-
-def raylets(under: int | None = None) -> Iterator[tuple[psutil.Process, str]]:
-    """Ray's processes for a node on this machine, with the node's id; `under`: descendants of this process alone."""
-    family = psutil.process_iter() if under is None else psutil.Process(under).children(recursive=True)
-    for one in family:
+    for one in psutil.Process(process.pid).children(recursive=True):
         try:
             words = one.cmdline() if one.name() == "raylet" else []
         except psutil.Error:
             continue
-        yield from ((one, word.removeprefix("--node_id=")) for word in words if word.startswith("--node_id="))
+        for word in words:
+            if word.startswith("--node_id="):
+                return str(word.removeprefix("--node_id="))
+    return None
 
 
 def end(process: "subprocess.Popen[bytes]") -> None:
