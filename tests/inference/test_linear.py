@@ -38,6 +38,18 @@ def swapped(model: Any, weights: Any) -> Any:
     return changed
 
 
+@pytest.mark.parametrize("is_amd", [False, True])
+def test_float32_by_either_library_is_the_model_s_own(family: Any, monkeypatch: pytest.MonkeyPatch, is_amd: bool) -> None:
+    monkeypatch.setattr(linear, "_is_amd", lambda: is_amd)
+    changed = swapped(family, "fp32")
+    assert any(isinstance(module, linear._Packed) for module in changed.modules()) == (is_amd and has_linear_layers(family))
+    torch.testing.assert_close(logits(changed), logits(family), rtol=1e-4, atol=1e-4)
+
+
+def has_linear_layers(model: Any) -> bool:
+    return any(type(module) is torch.nn.Linear for module in model.modules())
+
+
 def test_float32_is_exact_but_for_the_order_of_additions(family: Any) -> None:
     assert torch.allclose(logits(swapped(family, "auto")), logits(family), rtol=1e-5, atol=2e-4)
 

@@ -185,7 +185,7 @@ def _pack(layer: nn.Linear, weights: Weights, is_cpu: bool) -> nn.Linear:
 
 @cache
 def _is_amd() -> bool:
-    """There MKL, with which torch multiplies float32, reaches less than half of oneDNN's rate.
+    """There MKL, with which torch multiplies float32, reaches about half of oneDNN's rate.
 
     By the maker and not by a measurement: replicas on machines of one kind must compute the same.
     """
