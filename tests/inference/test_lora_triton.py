@@ -15,7 +15,6 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("set TRITON_INTERPRET=1", allow_module_level=True)
 
-import triton.language as tl
 from triton.runtime import interpreter
 
 from tests.inference.families import FAMILIES
@@ -39,15 +38,21 @@ def added(layers: LoraLayers, layer: AdaptedLayer, slots: Sequence[int], inputs:
 
 @pytest.fixture
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter multiplies the bits of bfloat16 as if they were integers: give it float32."""
-    plain = interpreter.InterpreterBuilder.create_dot
+    """Sums in one order for every row, as a GPU's tiles have: NumPy rounds a row by its place (seen on an AMD processor).
 
-    def widened(handle: Any) -> Any:
+    The interpreter also multiplies the bits of bfloat16 as if they were integers: it gets float32.
+    """
+
+    def widened(handle: Any) -> np.ndarray:
         if handle.dtype.scalar.name != "bf16":
-            return handle
-        return interpreter.TensorHandle((handle.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+            return np.asarray(handle.data, dtype=np.float32)
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
 
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: plain(self, widened(a), widened(b), *rest))
+    def dot(_: Any, a: Any, b: Any, d: Any, *_precision: Any) -> Any:
+        products = widened(a)[:, :, None] * widened(b)[None]
+        return interpreter.TensorHandle(products.sum(axis=1, dtype=np.float32) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
 
 
 @pytest.mark.usefixtures("exact_products")
