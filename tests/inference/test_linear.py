@@ -21,6 +21,11 @@ from tidepool.models import build_model
 
 TOKENS = torch.arange(40, 60)[None]
 
+needs_avx512 = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() != "AVX512" or native.linear_library() is None, reason="no AVX-512, or no C compiler"
+)
+SLOW_BF16 = pytest.param(True, marks=needs_avx512)
+
 
 @pytest.fixture(params=sorted(FAMILIES))
 def family(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
@@ -54,11 +59,32 @@ def test_float32_is_exact_but_for_the_order_of_additions(family: Any) -> None:
     assert torch.allclose(logits(swapped(family, "auto")), logits(family), rtol=1e-5, atol=2e-4)
 
 
-def test_bfloat16_is_as_far_from_float32_as_it_is_in_transformers(family: Any) -> None:
+@pytest.mark.parametrize("is_slow", [False, SLOW_BF16])
+def test_bfloat16_is_as_far_from_float32_as_it_is_in_transformers(family: Any, monkeypatch: pytest.MonkeyPatch, is_slow: bool) -> None:
+    monkeypatch.setattr(linear, "_is_bf16_slow", lambda: is_slow)
     exact, rounded = logits(family), family.bfloat16()
     own = (logits(rounded) - exact).abs()
-    ours = (logits(swapped(rounded, "bf16")) - exact).abs()
+    changed = swapped(rounded, "bf16")
+    assert any(isinstance(module, linear._Widened) for module in changed.modules()) == (is_slow and has_linear_layers(family))
+    ours = (logits(changed) - exact).abs()
     assert ours.mean() < 1.3 * own.mean()
+
+
+@needs_avx512
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(1, 1), (36, 70), (300, 64), (9, 33)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_widened_products_are_right_to_half_a_bit_and_the_same_in_any_company(num_inputs: int, num_outputs: int, has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(1)
+    layer = torch.nn.Linear(num_inputs, num_outputs, has_bias, dtype=torch.bfloat16)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    found = linear._Widened(layer)
+    inputs = torch.randn(2, 30, num_inputs, generator=generator).bfloat16()
+    exact = torch.nn.functional.linear(inputs.double(), layer.weight.double(), layer.bias.double() if has_bias else None)
+    # Half a unit in the last place of bfloat16, and what float32 sums lose where they cancel.
+    torch.testing.assert_close(found(inputs).double(), exact, rtol=2**-8, atol=1e-5)
+    for num in (1, 2, 5, 11, 12, 13, 29):
+        assert found(inputs[1, :num]).equal(found(inputs)[1, :num])
 
 
 @needs_exact_int8

@@ -1,4 +1,4 @@
-"""What is computed in C (`attention.c`, `lora.c`), compiled when it is first wanted and kept for the next time.
+"""What is computed in C (`attention.c`, `linear.c`, `lora.c`), compiled when it is first wanted and kept for the next time.
 
 Where there is no C compiler, or for tensors that it does not know, `can_attend` says so, and the caller computes with torch;
 `quantize` and `scale` compute with torch themselves then.
@@ -11,16 +11,19 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 log = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("attention.c")
+_LINEAR = Path(__file__).with_name("linear.c")
 _LORA = Path(__file__).with_name("lora.c")
 _FLAGS = ["-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-shared", "-fPIC", "-std=gnu11", "-fno-math-errno"]
 # Additions may be reordered once, when it is compiled; nothing is assumed of numbers that are not finite.
@@ -29,6 +32,7 @@ _SUFFIXES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 DTYPES = frozenset(_SUFFIXES)
 """What can be computed in C."""
 _COMPILE_TIMEOUT_S = 60
+_BAND = 32
 _POINTER, _INT, _LONG = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
 _ARGUMENTS = {
     "attend": [_POINTER, _LONG, _LONG, *[_POINTER] * 5, *[_INT] * 7, ctypes.c_float, _INT, _INT],
@@ -37,6 +41,7 @@ _ARGUMENTS = {
     "gate": [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT],
     "norm": [*[_POINTER] * 3, _LONG, _LONG, ctypes.c_float, _INT, _INT],
 }
+_LINEAR_ARGUMENTS = {"multiply": [*[_POINTER] * 4, *[_LONG] * 3, _INT]}
 _LORA_ARGUMENTS = {"lora": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT, *[_POINTER] * 4, *[_INT] * 4]}
 
 
@@ -108,6 +113,22 @@ def norm(input_TN: Tensor, weight_N: Tensor, epsilon: float, rounds_first: bool)
     return output_TN
 
 
+def bands(weight_NK: Tensor) -> Tensor:
+    """Weights (bfloat16) in the order in which `multiply` reads them."""
+    whole_NK = pad(weight_NK, (0, 0, 0, -len(weight_NK) % _BAND))
+    return whole_NK.view(-1, 2, _BAND // 2, weight_NK.shape[1]).permute(0, 3, 2, 1).contiguous()
+
+
+def multiply(input_TK: Tensor, weights: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
+    """Inputs (bfloat16) times weights in `bands`, plus a bias (float32): (T, N) in bfloat16. Needs `linear_library()`."""
+    wide_TK = input_TK.float().contiguous()
+    output_TN = torch.empty(len(wide_TK), num_outputs, dtype=torch.bfloat16)
+    bias = None if bias_N is None else bias_N.data_ptr()
+    pointers = wide_TK.data_ptr(), weights.data_ptr(), bias, output_TN.data_ptr()
+    cast(ctypes.CDLL, linear_library()).multiply(*pointers, *wide_TK.shape, num_outputs, torch.get_num_threads())
+    return output_TN
+
+
 def lora(
     input_TK: Tensor,
     output_TN: Tensor,
@@ -131,16 +152,26 @@ def lora(
 @cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be compiled, which is said once."""
-    return _load(_SOURCE, [*_FLAGS, *_REORDERING], _ARGUMENTS)
+    return _load(_SOURCE, [*_FLAGS, *_REORDERING], _of_each_dtype(_ARGUMENTS))
+
+
+@cache
+def linear_library() -> ctypes.CDLL | None:
+    """The same for `multiply`, which keeps additions in their order."""
+    return _load(_LINEAR, _FLAGS, _LINEAR_ARGUMENTS)
 
 
 @cache
 def lora_library() -> ctypes.CDLL | None:
-    """The same for `lora`, which keeps additions in their order."""
-    return _load(_LORA, _FLAGS, _LORA_ARGUMENTS)
+    """The same for `lora`, which does so too."""
+    return _load(_LORA, _FLAGS, _of_each_dtype(_LORA_ARGUMENTS))
 
 
-def _load(source: Path, flags: list[str], functions: dict[str, list[Any]]) -> ctypes.CDLL | None:
+def _of_each_dtype(functions: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    return {f"{name}_{suffix}": arguments for name, arguments in functions.items() for suffix in _SUFFIXES.values()}
+
+
+def _load(source: Path, flags: list[str], functions: Mapping[str, list[Any]]) -> ctypes.CDLL | None:
     try:
         path, is_new = _compiled(source, flags)
         try:
@@ -154,8 +185,7 @@ def _load(source: Path, flags: list[str], functions: dict[str, list[Any]]) -> ct
         log.warning("torch computes in its place, which is slower, since %s could not be compiled: %s", source.name, error)
         return None
     for name, arguments in functions.items():
-        for suffix in _SUFFIXES.values():
-            getattr(loaded, f"{name}_{suffix}").argtypes = arguments
+        getattr(loaded, name).argtypes = arguments
     return loaded
 
 
