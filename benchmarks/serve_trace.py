@@ -6,7 +6,8 @@ All on one machine's cores: engine, gateway, Serve's proxy and the clients. Rand
 (`engine.py`), one replica with two threads. Parts:
 
 - `throughput`: 64 requests at one time, 64 tokens each. The peer is the same requests at the bare engine, in a process of its own; they
-  take turns. `throughput_over_engine` is the median of the rounds' ratios (88M: at most 10 % lost).
+  take turns. `throughput_over_engine` is the median of the rounds' ratios (88M: at most 10 % lost). `throughput_through_proxy` is the
+  same through Serve's proxy; all else here is asked for at the gateway's own port.
 - `latency`: requests arrive as in the trace, at half of the throughput that the engine had. `added_ttft_ms` is the median time to the
   first token over HTTP less that at the bare engine, for the same arrivals (88M: 25 ms at most).
 - `streaming`: the 4M model, 16 streams of 64 tokens, against two deployments of Serve that stream token by token over a handle, with
@@ -169,21 +170,26 @@ def compare(folder: Path, model: str, parts: Sequence[str], num_rounds: int, num
     engine = Engine(folder / model, WEIGHTS[model])
     try:
         with serving(folder, model) as cluster:
-            ours: list[float] = []
-            theirs: list[float] = []
+            found: dict[str, list[float]] = {"ours": [], "proxy": [], "engine": []}
             for number in range(-1, num_rounds):
                 asks = burst(model, number)
-                both = {"ours": lambda asks=asks: play_http(cluster.http_port, asks), "engine": lambda asks=asks: engine.play(asks)}
-                rates = {name: rate(both[name]()) for name in random.Random(number).sample(sorted(both), 2)}
-                if number >= 0:
-                    ours.append(rates["ours"])
-                    theirs.append(rates["engine"])
+                sides = {
+                    "ours": lambda asks=asks: play_http(cluster.direct_port, asks),
+                    "proxy": lambda asks=asks: play_http(cluster.http_port, asks),
+                    "engine": lambda asks=asks: engine.play(asks),
+                }
+                for name in random.Random(number).sample(sorted(sides), len(sides)):
+                    reached = rate(sides[name]())
+                    if number >= 0:
+                        found[name].append(reached)
+            theirs = found["engine"]
             target = 0.9 if model == "88m" else None
             if "throughput" in parts:
-                rows.append(row(f"throughput_over_engine_{model}", "tokens/s", ours, theirs, "the bare engine", target))
+                rows.append(row(f"throughput_over_engine_{model}", "tokens/s", found["ours"], theirs, "the bare engine", target))
+                rows.append(row(f"throughput_through_proxy_{model}", "tokens/s", found["proxy"], theirs, "the bare engine", None))
             if "latency" in parts:
                 asks = paced(read_trace(trace, VOCAB_SIZES[model], SHORTER, 1)[:num_arrivals], HALF * statistics.median(theirs))
-                alone, served = ttfts_ms(engine.play(asks)), ttfts_ms(play_http(cluster.http_port, asks))
+                alone, served = ttfts_ms(engine.play(asks)), ttfts_ms(play_http(cluster.direct_port, asks))
                 added = statistics.median(served) - statistics.median(alone)
                 limit = 25.0 if model == "88m" else None
                 rows.append(plain(f"added_ttft_ms_{model}", "ms", added, limit))
@@ -214,8 +220,9 @@ def streaming(folder: Path, num_rounds: int) -> list[Row]:
             deploy(str(folder / "4m"), WEIGHTS["4m"], THREADS, MAX_BATCH_SIZE)
             for number in range(-1, num_rounds):
                 asks = burst("4m", number, num=16)
-                for path, rates in random.Random(number).sample([("/v1/completions", ours), ("/peer/completions", theirs)], 2):
-                    found = rate(play_http(cluster.http_port, asks, path))
+                sides = [(cluster.direct_port, "/v1/completions", ours), (cluster.http_port, "/peer/completions", theirs)]
+                for port, path, rates in random.Random(number).sample(sides, 2):
+                    found = rate(play_http(port, asks, path))
                     if number >= 0:
                         rates.append(found)
             serve.delete("peer")
@@ -227,10 +234,10 @@ def streaming(folder: Path, num_rounds: int) -> list[Row]:
 def replay(folder: Path, trace: Path, num_requests: int) -> list[Row]:
     """The trace through HTTP, at a share of what a burst reaches."""
     with serving(folder, "4m") as cluster:
-        play_http(cluster.http_port, burst("4m", -1))
-        reached = rate(play_http(cluster.http_port, burst("4m", 0)))
+        play_http(cluster.direct_port, burst("4m", -1))
+        reached = rate(play_http(cluster.direct_port, burst("4m", 0)))
         asks = paced(read_trace(trace, VOCAB_SIZES["4m"], SHORTER, 2)[:num_requests], LOAD * reached)
-        answers = play_http(cluster.http_port, asks)
+        answers = play_http(cluster.direct_port, asks)
     failures = [one for one in answers if one.is_failure]
     for one in failures[:5]:
         print(f"failed: {one.status} {one.error}", file=sys.stderr)

@@ -109,7 +109,7 @@ def test_a_cluster_whose_first_process_was_killed_is_stopped_all_the_same(tidepo
 
 def dead_cluster(tmp_path: Path) -> LocalCluster:
     """As it would stand in a file after the machine was started again: its number belongs to somebody else by now."""
-    return LocalCluster(os.getppid(), "127.0.0.1:1", "http://127.0.0.1:2", 3, tmp_path.as_uri(), str(tmp_path / "tidepool-ray-gone"))
+    return LocalCluster(os.getppid(), "127.0.0.1:1", "http://127.0.0.1:2", 3, 4, tmp_path.as_uri(), str(tmp_path / "tidepool-ray-gone"))
 
 
 def test_a_cluster_that_died_is_not_taken_for_running(tidepool: Command, tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_cluster_that_died_is_not_taken_for_running(tidepool: Command, tmp_pat
 def test_stopping_what_is_gone_touches_nobody(tmp_path: Path) -> None:
     sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     try:
-        cluster = LocalCluster(sleeper.pid, "127.0.0.1:1", "http://127.0.0.1:2", 3, tmp_path.as_uri(), str(tmp_path / "gone"))
+        cluster = LocalCluster(sleeper.pid, "127.0.0.1:1", "http://127.0.0.1:2", 3, 4, tmp_path.as_uri(), str(tmp_path / "gone"))
         started = time.monotonic()
         local_cluster.stop(cluster)
         assert sleeper.poll() is None, "the pid was given to another process since"

@@ -206,6 +206,7 @@ def _up(options: argparse.Namespace) -> None:
     print(f"store      {url}\ndashboard  {cluster.dashboard_url}")
     if models:
         print(f"API        {cluster.api_url} (models: {', '.join(models)})")
+        print(f"           {cluster.direct_url} (the same at the gateway itself: streams cost less)")
     else:
         print("API        not served: no model is published in this store yet; jobs/README.md shows how to train one")
     print(f"submit     ray job submit --address {cluster.dashboard_url} --working-dir . -- python jobs/prepare.py jobs/prepare.yaml")

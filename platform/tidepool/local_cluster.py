@@ -52,6 +52,7 @@ class LocalCluster:
     address: str
     dashboard_url: str
     http_port: int
+    direct_port: int
     store_url: str
     temp_dir: str
     pool: str = "local"
@@ -59,8 +60,13 @@ class LocalCluster:
 
     @property
     def api_url(self) -> str:
-        """The base URL of the OpenAI-compatible API, once `serve` returned."""
+        """The base URL of the OpenAI-compatible API, once `serve` returned: through Serve's proxy."""
         return f"http://127.0.0.1:{self.http_port}/v1"
+
+    @property
+    def direct_url(self) -> str:
+        """The same at the gateway itself."""
+        return f"http://127.0.0.1:{self.direct_port}/v1"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -92,11 +98,11 @@ def environment(store_url: str, pool: str = "local") -> dict[str, str]:
 def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False, find_gpus: bool = False) -> LocalCluster:
     """Start a cluster with `num_cpus` logical CPUs and wait until it answers. Raises `ClusterError` that names the log.
 
-    `usual_ports` asks for the ports that Ray's documentation uses (8265, 8000), where they are free; `find_gpus` offers the
+    `usual_ports` asks for the ports that Ray's documentation uses (8265, 8000), and 8001, where they are free; `find_gpus` offers the
     GPUs that Ray finds, else there are none.
     """
     temp_dir = tempfile.mkdtemp(prefix="tidepool-ray-")
-    port, agent, client, dashboard, http = _free_ports([0, 0, 0, 8265, 8000] if usual_ports else [0] * 5)
+    port, agent, client, dashboard, http, direct = _free_ports([0, 0, 0, 8265, 8000, 8001] if usual_ports else [0] * 6)
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
     options = {
         "node-ip-address": "127.0.0.1",
@@ -123,7 +129,7 @@ def start(store_url: str, num_cpus: int, log: Path, usual_ports: bool = False, f
             command, env=variables, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
         )
     _started.append(process)
-    cluster = LocalCluster(process.pid, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", http, store_url, temp_dir, pool)
+    cluster = LocalCluster(process.pid, f"127.0.0.1:{port}", f"http://127.0.0.1:{dashboard}", http, direct, store_url, temp_dir, pool)
     deadline = time.monotonic() + _START_TIMEOUT_S
     while not _answers(f"{cluster.dashboard_url}/api/version"):
         if process.poll() is not None or time.monotonic() > deadline:
@@ -138,11 +144,12 @@ def serve(cluster: LocalCluster, models: Sequence[str], **options: Any) -> None:
 
     Raises `ClusterError`.
     """
+    gateway = {"port": cluster.direct_port, **options.get("gateway", {})}
     application = {
         "name": _APPLICATION,
         "route_prefix": "/",
         "import_path": "serve.app:build",
-        "args": {"store": cluster.store_url, "models": list(models), **options},
+        "args": {"store": cluster.store_url, "models": list(models), **options, "gateway": gateway},
     }
     http = {"host": "127.0.0.1", "port": cluster.http_port}
     scale = options.get("replicas", {}).get("scale") or {}

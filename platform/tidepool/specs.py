@@ -401,8 +401,12 @@ class ReplicasSpec(Spec):
 
 
 class GatewaySpec(Spec):
-    """Whom the gateway lets in, and how much a request may ask for. `max_new_tokens` None: as many as the context has room for."""
+    """Whom the gateway lets in, and how much a request may ask for. `max_new_tokens` None: as many as the context has room for.
 
+    `port`: one that the gateway listens on itself, on its node, beside Serve's proxy.
+    """
+
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
     require_keys: bool = False
     keys_max_age_s: Annotated[float, Field(gt=0)] = 900.0
     max_body_bytes: Count = 8_388_608

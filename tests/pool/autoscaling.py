@@ -41,7 +41,7 @@ _START_TIMEOUT_S = 120
 def autoscaling_cluster(store_url: str, node_types: Mapping[str, Any], idle_s: float) -> Iterator[LocalCluster]:
     """A cluster whose head has no CPU for anybody; `node_types` as in `cluster.yaml`. Nodes end after `idle_s` without work."""
     folder = Path(tempfile.mkdtemp(prefix="tidepool-ray-"))
-    port, agent, client, dashboard, http = local_cluster._free_ports([0] * 5)
+    port, agent, client, dashboard, http, direct = local_cluster._free_ports([0] * 6)
     address = f"127.0.0.1:{port}"
     config = {
         "cluster_name": "made-up",
@@ -86,7 +86,7 @@ def autoscaling_cluster(store_url: str, node_types: Mapping[str, Any], idle_s: f
     log = folder / "ray.log"
     with log.open("wb") as output:
         process = subprocess.Popen(command, env=variables, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-    cluster = LocalCluster(process.pid, address, f"http://127.0.0.1:{dashboard}", http, store_url, str(folder))
+    cluster = LocalCluster(process.pid, address, f"http://127.0.0.1:{dashboard}", http, direct, store_url, str(folder))
     try:
         deadline = time.monotonic() + _START_TIMEOUT_S
         while not local_cluster._answers(f"{cluster.dashboard_url}/api/version"):

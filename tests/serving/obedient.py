@@ -58,6 +58,8 @@ class Obedient:
                 yield Output((1,), "a")
                 if "wait" in str(call.prompt):
                     await asyncio.Event().wait()
+                elif "hold" in str(call.prompt):
+                    await ray.get_actor(SIGNALS, NAMESPACE).wait_for.remote("go on")
             yield Output((2,), "b", "stop")
         except asyncio.CancelledError:
             await ray.get_actor(SIGNALS, NAMESPACE).tell.remote(f"cancelled {call.prompt}")

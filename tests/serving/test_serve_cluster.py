@@ -20,6 +20,7 @@ from ray import serve
 from tests.serving.fakes import BASE_DIGEST, full
 from tests.serving.models import Published, publish, publish_adapter
 from tests.serving.obedient import NAMESPACE, SIGNALS, ObedientReplica, Signals
+from tests.training.nodes import free_port
 from tidepool import local_cluster
 from tidepool.errors import EngineBusyError, RequestError
 from tidepool.inference.engine import Output
@@ -28,7 +29,7 @@ from tidepool.serving.app import Gateway, directory_deployment, follow
 from tidepool.serving.backend import Call, Frame, Started
 from tidepool.serving.directory import View
 from tidepool.serving.fleet import Fleet
-from tidepool.specs import ServingSpec
+from tidepool.specs import GatewaySpec, ServingSpec
 
 pytestmark = pytest.mark.cluster
 _TIMEOUT_S = 60
@@ -118,15 +119,26 @@ def test_chats_streams_and_refusals(client: OpenAI) -> None:
 # --- A replica that does what it is told -----------------------------------------------------------------------------
 
 
+def deploy_gateway(cluster: LocalCluster, port: int, timeout_s: float) -> None:
+    """Our gateway on Serve, in an application `obedient`, with a port of its own."""
+    gateway = serve.deployment(serve.ingress()(Gateway), ray_actor_options={"num_cpus": 0})
+    own = GatewaySpec(port=port, timeout_s=timeout_s)
+    spec = ServingSpec(store=cluster.store_url, models=["obedient"], resolve_ttl_s=1000, gateway=own)
+    application = gateway.bind(spec, {"obedient": full("obedient")}, directory_deployment().bind())
+    serve.run(application, name="obedient", route_prefix="/obedient")
+
+
 @pytest.fixture(scope="module")
-def obedient_url(cluster: LocalCluster, served: Published) -> Iterator[str]:
+def direct_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def obedient_url(cluster: LocalCluster, served: Published, direct_port: int) -> Iterator[str]:
     """Our gateway on Serve before a replica that does what it is told."""
     del served  # Serve runs, on the ports of the cluster
     replica = serve.deployment(ObedientReplica, name="Obedient", ray_actor_options={"num_cpus": 0})
-    gateway = serve.deployment(serve.ingress()(Gateway), ray_actor_options={"num_cpus": 0})
-    spec = ServingSpec(store=cluster.store_url, models=["obedient"], resolve_ttl_s=1000)
-    application = gateway.bind(spec, {"obedient": full("obedient")}, directory_deployment().bind())
-    serve.run(application, name="obedient", route_prefix="/obedient")
+    deploy_gateway(cluster, direct_port, 600)
     serve.run(replica.bind("obedient"), name="obedient-replica", route_prefix=None)
     yield cluster.api_url.replace("/v1", "/obedient/v1")
     for name in ("obedient-replica", "obedient"):
@@ -190,6 +202,24 @@ def test_a_client_that_leaves_cancels_the_request_at_the_replica(obedient_url: s
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{obedient_url}/completions", json=body, timeout=httpx.Timeout(_TIMEOUT_S, read=1))
     ray.get(signals.wait_for.remote(f"cancelled wait {stream}"), timeout=_TIMEOUT_S)
+
+
+def test_a_gateway_that_is_replaced_ends_the_streams_at_its_own_port_first(
+    cluster: LocalCluster, obedient_url: str, direct_port: int, signals: Any
+) -> None:
+    url = f"http://127.0.0.1:{direct_port}/v1"
+    body = {"model": "obedient", "prompt": "hold", "stream": True}
+    with httpx.stream("POST", f"{url}/completions", json=body, timeout=_TIMEOUT_S) as response:
+        lines = response.iter_lines()
+        assert '"text":"a"' in next(lines)
+        deploy_gateway(cluster, direct_port, 599)
+        for base in (url, obedient_url):  # others are answered meanwhile, both ways
+            answered = httpx.post(f"{base}/completions", json={"model": "obedient", "prompt": "go"}, timeout=_TIMEOUT_S)
+            assert answered.json()["choices"][0]["text"] == "ab"
+        ray.get(signals.tell.remote("go on"))
+        rest = list(lines)
+    assert '"text":"b"' in "".join(rest)
+    assert rest[-2:] == ["data: [DONE]", ""]
 
 
 def test_statuses_come_through_serve(obedient_url: str) -> None:

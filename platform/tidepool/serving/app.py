@@ -22,6 +22,7 @@ from tidepool.serving.access import check_address
 from tidepool.serving.autoscaler import ring_bell
 from tidepool.serving.bases import base_id
 from tidepool.serving.directory import Directory, View, answering
+from tidepool.serving.door import Door
 from tidepool.serving.engines import SERVE_ERRORS, SHUTDOWN_POLL_S, SHUTDOWN_TIMEOUT_S, engines_of
 from tidepool.serving.fleet import Fleet
 from tidepool.serving.gateway import build_gateway
@@ -41,6 +42,9 @@ _WATCH_S = 2.0
 _FAREWELL_S = 15.0
 _RETRY_S = 1.0
 _POLL_SHARE, _SHORTEST_POLL_S = 0.8, 0.2
+_LOOPBACK = "127.0.0.1"
+_TLS_OPTIONS = ("ssl_certfile", "ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs")
+_DOOR_PATIENCE_S = SHUTDOWN_TIMEOUT_S - 10.0  # Serve ends the process then
 _GATEWAY_CPUS = 0  # it waits for others nearly all the time; what it holds no run could have
 _logger = logging.getLogger(__name__)
 
@@ -118,13 +122,17 @@ class Gateway:
 
     def __init__(self, spec: ServingSpec, deployed: Mapping[str, ModelVersion], directory: DeploymentHandle) -> None:
         configure_logging()
-        check_address(_get_global_client().http_config.host, spec.gateway)
+        http = _get_global_client().http_config
+        check_address(http.host, spec.gateway)
         store = open_store(spec.store, deadline_s=_LOOKUP_DEADLINE_S)
         self._fleet = Fleet(self._wake)
         self._bases = {digest for version in deployed.values() if (digest := base_digest_of(version))}
         self._resolver = Resolver(Registry(store).meaning, deployed, self._bases, spec.resolve_ttl_s, prepare=self._fleet.prepare)
         keys = KeyRing(KeyLog(store).read_after, spec.gateway.keys_max_age_s)
         self._app = build_gateway(self._resolver, self._fleet, spec.gateway, keys)
+        tls = {name: getattr(http, name) for name in _TLS_OPTIONS}
+        port = spec.gateway.port
+        self._door = Door(self._app, http.host or _LOOPBACK, port, tls) if port is not None else None
         self._is_informed = asyncio.Event()
         self._tasks = [
             asyncio.create_task(follow(directory, self._take)),
@@ -135,7 +143,19 @@ class Gateway:
         with suppress(TimeoutError):  # then it begins with what was deployed first
             async with asyncio.timeout(_FIRST_VIEW_S):
                 await self._is_informed.wait()
+        if self._door is not None:
+            self._door.open()
         return self._app
+
+    def check_health(self) -> None:
+        """Asked by Serve, which starts another one where this raises."""
+        if self._door is not None:
+            self._door.check()
+
+    async def __del__(self) -> None:
+        """Called and awaited by Serve when this replica must go, once what came through Serve's proxy is answered."""
+        if self._door is not None:
+            await self._door.close(_DOOR_PATIENCE_S)
 
     async def _take(self, view: View) -> None:
         self._fleet.update(view.endpoints)
