@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tidepool.errors import EngineBusyError, ModelError
 from tidepool.inference.lora import PackedAdapter
+from tidepool.inference.openmp import end_workers
 
 _NUM_READERS = 4
 """So many folders are read at a time: one on a slow disk does not hold up the others."""
@@ -87,11 +88,17 @@ class Adapters:
 
     async def _load(self, digest: str, folder: Path) -> None:
         try:
-            packed = await asyncio.get_running_loop().run_in_executor(self._threads, self._read, folder)
+            packed = await asyncio.get_running_loop().run_in_executor(self._threads, self._read_once, folder)
             self._make_room(packed.size_bytes)
             self._packed[digest] = packed
         finally:
             del self._loads[digest]
+
+    def _read_once(self, folder: Path) -> PackedAdapter:
+        try:
+            return self._read(folder)
+        finally:
+            end_workers()
 
     def _make_room(self, size_bytes: int) -> None:
         if size_bytes > self._limit_bytes:

@@ -41,6 +41,7 @@ from tidepool.inference.limits import BLOCK_SIZE, adapters_bytes, context_length
 from tidepool.inference.linear import swap_linear_layers
 from tidepool.inference.log_probabilities import TokenLogprobs
 from tidepool.inference.lora import Matrices, pack
+from tidepool.inference.openmp import end_workers
 from tidepool.inference.runner import Computed, Flight, ModelRunner, Placement
 from tidepool.inference.scheduler import Chunk, Scheduler
 from tidepool.inference.sequence import Sequence
@@ -136,6 +137,7 @@ class PagedEngine:
             lambda digest: self._user_of(digest) is not None,
             self._empty_slot,
         )
+        end_workers()  # of the thread that has made all this: the compute thread has its own
 
     # --- Requests ----------------------------------------------------------------------------------------------------
 
