@@ -12,8 +12,9 @@ where `--vllm` names an environment's interpreter (`vllm_environment.sh` makes o
 others are read from disk when they are asked for, while the others' requests go on. `adapter_load_ms` is from a folder in the page cache to
 usable, rank 64 on all linear layers; `adapter_place_ms` what the first answer of an adapter in host memory takes longer than its second.
 
-Each side is a process of its own (`adapters_sides.py`), all alive together; after one turn that warms up they take turns, in an order that
-changes from round to round. Ratios are medians of the rounds' ratios. Two answers of a base and an adapter never share keys and values.
+Each side is a process of its own (`adapters_sides.py`), all alive together and standing still out of turn; after one turn that warms up
+they take turns, in an order that changes from round to round. Ratios are medians of the rounds' ratios. Two answers of a base and an
+adapter never share keys and values.
 """
 
 import argparse
@@ -33,9 +34,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 import torch
-from engine import MODELS, VOCAB_SIZES, export, show
 from safetensors.torch import save_file
 
+from benchmarks.engine import MODELS, VOCAB_SIZES, export, show
+from benchmarks.sides import Answering
 from tidepool.inference.linear import named_linear_layers
 from tidepool.models import load_model
 from tidepool.scratch import ScratchFolder
@@ -50,16 +52,14 @@ NUM_ADAPTERS, NUM_REQUESTS, NUM_TOKENS, LENGTHS = 32, 64, 64, (16, 128)
 NUM_REGISTERED, NUM_ZIPF_REQUESTS, LOAD_TARGET_MS = 1000, 256, 100.0
 
 
-class Side:
+class Side(Answering):
     """A process that answers; see `adapters_sides`."""
 
     def __init__(self, name: str, folder: Path, weights: str, adapters: list[Path], python: str) -> None:
-        self.name = name
         environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         if name != "vllm":
             environment["PYTHONPATH"] = str(ROOT / "platform")
-        command = [python, str(ROOT / "benchmarks" / "adapters_sides.py")]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        super().__init__(name, [python, str(ROOT / "benchmarks" / "adapters_sides.py")], environment)
         self.ask({"side": name, "folder": str(folder), "weights": weights, "adapters": [str(one) for one in adapters]})
 
     def answer(self, prompts: list[list[int]], adapters: list[int | None]) -> tuple[float, int]:
@@ -68,27 +68,6 @@ class Side:
         if answered["num_tokens"] < 0.9 * NUM_TOKENS * len(prompts):  # an end token may come by chance, in few answers
             raise RuntimeError(f"{self.name} made {answered['num_tokens']} tokens in place of {NUM_TOKENS * len(prompts)}.")
         return answered["num_tokens"] / answered["elapsed_s"], answered["num_loads"]
-
-    def ask(self, question: dict[str, Any]) -> Any:
-        """Its answer. Raises `RuntimeError` if it has ended."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"The side {self.name} ended with {self._process.wait()}: what it said stands above.")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
 
 
 def write_adapter(folder: Path, sizes: dict[str, tuple[int, int]], rank: int, targets: list[str], seed: int, dtype: torch.dtype) -> Path:

@@ -7,9 +7,10 @@ prompt tokens and 64 new tokens each, greedy, two threads. Then 8 prompts of 2,0
 and what `batch_invariant` costs in bfloat16. Peers are `transformers.generate` in static batches of 32, transformers' continuous
 batching, and vLLM for CPUs where `--vllm` names an environment's interpreter (`benchmarks/vllm_environment.sh` makes one).
 
-Each side is a process of its own (`engine_sides.py`), all alive together; after one turn that warms up they take turns, in an order that
-changes from round to round. `ratio` is the median of the rounds' ratios. `start_s` is from a model's folder to the first token, without
-imports; vLLM's has them, and its compilation. Ours makes the texts of all answers and so does vLLM; transformers does not.
+Each side is a process of its own (`engine_sides.py`), all alive together and standing still out of turn; after one turn that warms up
+they take turns, in an order that changes from round to round. `ratio` is the median of the rounds' ratios. `start_s` is from a model's
+folder to the first token, without imports; vLLM's has them, and its compilation. Ours makes the texts of all answers and so does vLLM;
+transformers does not.
 """
 
 import argparse
@@ -31,6 +32,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "platform")]
 
 import torch
 
+from benchmarks.sides import Answering
 from tidepool.models import build_model, export_model, train_tokenizer
 from tidepool.scratch import ScratchFolder
 
@@ -90,47 +92,25 @@ CASES = [
 ]
 
 
-class Side:
+class Side(Answering):
     """A process that answers; see `engine_sides`."""
 
     def __init__(self, name: str, folder: Path, weights: str, python: str) -> None:
-        self.name = name
         environment = dict(os.environ)
         if name not in ("ours", "invariant"):
             environment.pop("PYTHONPATH", None)
-        command = [python, str(ROOT / "benchmarks" / "engine_sides.py")]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
-        self.start_s = self._ask({"side": name, "folder": str(folder), "weights": weights})["start_s"]
+        super().__init__(name, [python, str(ROOT / "benchmarks" / "engine_sides.py")], environment)
+        self.start_s = self.ask({"side": name, "folder": str(folder), "weights": weights})["start_s"]
         self.peak_memory_bytes = 0
 
     def answer(self, prompts: list[list[int]], num_tokens: int) -> float:
         """Tokens a second."""
-        answered = self._ask({"prompts": prompts, "num_tokens": num_tokens})
+        answered = self.ask({"prompts": prompts, "num_tokens": num_tokens})
         if answered["num_tokens"] < 0.9 * num_tokens * len(prompts):  # an end token may come by chance, in few answers
             raise RuntimeError(f"{self.name} made {answered['num_tokens']} tokens in place of {num_tokens * len(prompts)}.")
         self.peak_memory_bytes = answered["peak_memory_bytes"]
         rate: float = answered["num_tokens"] / answered["elapsed_s"]
         return rate
-
-    def close(self) -> None:
-        """End the process, and what it started."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-
-    def _ask(self, question: dict[str, Any]) -> Any:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(question) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"The side {self.name} ended with {self._process.wait()}: what it said stands above.")
-        return json.loads(line)
 
 
 def export(name: str, folder: Path) -> Path:

@@ -24,7 +24,6 @@ TOKENS = torch.arange(40, 60)[None]
 needs_avx512 = pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() != "AVX512" or native.linear_library() is None, reason="no AVX-512, or no C compiler"
 )
-SLOW_BF16 = pytest.param(True, marks=needs_avx512)
 
 
 @pytest.fixture(params=sorted(FAMILIES))
@@ -43,12 +42,23 @@ def swapped(model: Any, weights: Any) -> Any:
     return changed
 
 
-@pytest.mark.parametrize("is_amd", [False, True])
-def test_float32_by_either_library_is_the_model_s_own(family: Any, monkeypatch: pytest.MonkeyPatch, is_amd: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "has_avx512", "is_amd"),
+    [("_Packed", False, True), ("", False, False), pytest.param("_Banded", True, False, marks=needs_avx512)],
+)
+def test_float32_by_any_library_is_the_model_s_own(
+    family: Any, monkeypatch: pytest.MonkeyPatch, kind: str, has_avx512: bool, is_amd: bool
+) -> None:
+    monkeypatch.setattr(linear, "_has_avx512", lambda: has_avx512)
     monkeypatch.setattr(linear, "_is_amd", lambda: is_amd)
     changed = swapped(family, "fp32")
-    assert any(isinstance(module, linear._Packed) for module in changed.modules()) == (is_amd and has_linear_layers(family))
+    assert kinds(changed) == ({kind} if kind and has_linear_layers(family) else set())
     torch.testing.assert_close(logits(changed), logits(family), rtol=1e-4, atol=1e-4)
+
+
+def kinds(model: Any) -> set[str]:
+    """Of the layers that multiply with something else than torch."""
+    return {type(module).__name__ for module in model.modules()} & {"_Packed", "_Banded"}
 
 
 def has_linear_layers(model: Any) -> bool:
@@ -59,13 +69,13 @@ def test_float32_is_exact_but_for_the_order_of_additions(family: Any) -> None:
     assert torch.allclose(logits(swapped(family, "auto")), logits(family), rtol=1e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("is_slow", [False, SLOW_BF16])
-def test_bfloat16_is_as_far_from_float32_as_it_is_in_transformers(family: Any, monkeypatch: pytest.MonkeyPatch, is_slow: bool) -> None:
-    monkeypatch.setattr(linear, "_is_bf16_slow", lambda: is_slow)
+@pytest.mark.parametrize("kind", ["_Packed", pytest.param("_Banded", marks=needs_avx512)])
+def test_bfloat16_is_as_far_from_float32_as_it_is_in_transformers(family: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.setattr(linear, "_multiplies_bf16", lambda: kind == "_Packed")
     exact, rounded = logits(family), family.bfloat16()
     own = (logits(rounded) - exact).abs()
     changed = swapped(rounded, "bf16")
-    assert any(isinstance(module, linear._Widened) for module in changed.modules()) == (is_slow and has_linear_layers(family))
+    assert kinds(changed) == ({kind} if has_linear_layers(family) else set())
     ours = (logits(changed) - exact).abs()
     assert ours.mean() < 1.3 * own.mean()
 
@@ -73,16 +83,19 @@ def test_bfloat16_is_as_far_from_float32_as_it_is_in_transformers(family: Any, m
 @needs_avx512
 @pytest.mark.parametrize(("num_inputs", "num_outputs"), [(1, 1), (36, 70), (300, 64), (9, 33)])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_widened_products_are_right_to_half_a_bit_and_the_same_in_any_company(num_inputs: int, num_outputs: int, has_bias: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_bands_are_right_and_the_same_in_any_company(
+    num_inputs: int, num_outputs: int, has_bias: bool, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(1)
-    layer = torch.nn.Linear(num_inputs, num_outputs, has_bias, dtype=torch.bfloat16)
+    layer = torch.nn.Linear(num_inputs, num_outputs, has_bias, dtype=dtype)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
-    found = linear._Widened(layer)
-    inputs = torch.randn(2, 30, num_inputs, generator=generator).bfloat16()
+    found = linear._Banded(layer)
+    inputs = torch.randn(2, 30, num_inputs, generator=generator).to(dtype)
     exact = torch.nn.functional.linear(inputs.double(), layer.weight.double(), layer.bias.double() if has_bias else None)
     # Half a unit in the last place of bfloat16, and what float32 sums lose where they cancel.
-    torch.testing.assert_close(found(inputs).double(), exact, rtol=2**-8, atol=1e-5)
+    torch.testing.assert_close(found(inputs).double(), exact, rtol=2**-8 if dtype == torch.bfloat16 else 1e-6, atol=2e-5)
     for num in (1, 2, 5, 11, 12, 13, 29):
         assert found(inputs[1, :num]).equal(found(inputs)[1, :num])
 

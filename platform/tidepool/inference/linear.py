@@ -1,8 +1,9 @@
 """A model's linear layers, swapped when it is loaded for ones that this machine computes faster. Exact but for int8 and rounding.
 
 - Layers that have the same input (query, key and value; gate and up) become one product, whose parts the model asks for one by one.
-- `bf16` on a CPU, and `fp32` on AMD's: weights in the layout that oneDNN multiplies fastest.
-- `bf16` on a CPU that has no instruction for it: widened as they are read, in C of ours. oneDNN needs about five times as long there.
+- `fp32` on a CPU with AVX-512, and `bf16` where such a one has no instruction to multiply it: in C of ours, each output a sum in one order.
+  With bfloat16 oneDNN needs about five times as long there.
+- `bf16` on other CPUs, and `fp32` on other ones of AMD's: weights in the layout that oneDNN multiplies fastest.
 - `int8` on a CPU: weights with one scale for each output, inputs with one for each token, multiplied and summed exactly in integers:
   a token's result does not depend on the tokens beside it. All else is bfloat16 then.
 
@@ -49,7 +50,7 @@ def swap_linear_layers(model: PreTrainedModel, weights: Weights, batch_invariant
 
     def pack(layer: nn.Linear) -> nn.Linear:
         packed = _pack(layer, weights, is_cpu)
-        return _Slabs(packed) if batch_invariant and not isinstance(packed, _Int8 | _Widened) else packed
+        return _Slabs(packed) if batch_invariant and not isinstance(packed, _Int8 | _Banded) else packed
 
     for module in list(model.modules()):
         for names in _SIBLINGS:
@@ -141,8 +142,8 @@ class _Packed(_Layer):
         return output
 
 
-class _Widened(_Layer):
-    """bfloat16 between float32 inputs and sums, which are added in one order."""
+class _Banded(_Layer):
+    """float32 or bfloat16, between float32 inputs and sums: a token's result does not depend on the tokens beside it."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__(layer.out_features, layer.in_features, layer.weight)
@@ -194,15 +195,18 @@ def _pack(layer: nn.Linear, weights: Weights, is_cpu: bool) -> nn.Linear:
     if weights == "int8":
         return _Int8(layer)
     is_bf16 = layer.weight.dtype == torch.bfloat16
-    if is_bf16 and _is_bf16_slow() and native.linear_library() is not None:
-        return _Widened(layer)
+    if _has_avx512() and not (is_bf16 and _multiplies_bf16()) and native.linear_library() is not None:
+        return _Banded(layer)
     return _Packed(layer) if (torch.ops.mkldnn._is_mkldnn_bf16_supported() if is_bf16 else _is_amd()) else layer
 
 
-def _is_bf16_slow() -> bool:
-    """Whether this processor has AVX-512 and would still multiply bfloat16 in several steps."""
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and not has_bf16
+def _has_avx512() -> bool:
+    return bool(torch.backends.cpu.get_cpu_capability() == "AVX512")
+
+
+def _multiplies_bf16() -> bool:
+    """Whether the processor does, and not oneDNN in several steps."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 @cache

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,18 +114,20 @@ def norm(input_TN: Tensor, weight_N: Tensor, epsilon: float, rounds_first: bool)
 
 
 def bands(weight_NK: Tensor) -> Tensor:
-    """Weights (bfloat16) in the order in which `multiply` reads them."""
+    """Weights in the order in which `multiply` reads them."""
     whole_NK = pad(weight_NK, (0, 0, 0, -len(weight_NK) % _BAND))
-    return whole_NK.view(-1, 2, _BAND // 2, weight_NK.shape[1]).permute(0, 3, 2, 1).contiguous()
+    parts = 1 if weight_NK.dtype == torch.float32 else 2
+    return whole_NK.view(-1, parts, _BAND // parts, weight_NK.shape[1]).permute(0, 3, 2, 1).contiguous()
 
 
 def multiply(input_TK: Tensor, weights: Tensor, bias_N: Tensor | None, num_outputs: int) -> Tensor:
-    """Inputs (bfloat16) times weights in `bands`, plus a bias (float32): (T, N) in bfloat16. Needs `linear_library()`."""
+    """Inputs times weights in `bands`, plus a bias (float32): (T, N) in the weights' dtype. Needs `linear_library()`."""
     wide_TK = input_TK.float().contiguous()
-    output_TN = torch.empty(len(wide_TK), num_outputs, dtype=torch.bfloat16)
+    output_TN = torch.empty(len(wide_TK), num_outputs, dtype=weights.dtype)
     bias = None if bias_N is None else bias_N.data_ptr()
     pointers = wide_TK.data_ptr(), weights.data_ptr(), bias, output_TN.data_ptr()
-    cast(ctypes.CDLL, linear_library()).multiply(*pointers, *wide_TK.shape, num_outputs, torch.get_num_threads())
+    function = getattr(linear_library(), f"multiply_{_SUFFIXES[weights.dtype]}")
+    function(*pointers, *wide_TK.shape, num_outputs, torch.get_num_threads())
     return output_TN
 
 
@@ -158,7 +160,7 @@ def library() -> ctypes.CDLL | None:
 @cache
 def linear_library() -> ctypes.CDLL | None:
     """The same for `multiply`, which keeps additions in their order."""
-    return _load(_LINEAR, _FLAGS, _LINEAR_ARGUMENTS)
+    return _load(_LINEAR, _FLAGS, _of_each_dtype(_LINEAR_ARGUMENTS))
 
 
 @cache
