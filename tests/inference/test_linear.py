@@ -3,6 +3,7 @@
 import asyncio
 import copy
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from tests.inference.conftest import INT8, answer, needs_exact_int8, request, run
 from tests.inference.families import FAMILIES
 from tidepool.errors import ModelError
-from tidepool.inference import attention, linear, native
+from tidepool.inference import attention, fused, linear, native
 from tidepool.inference.fused import fuse
 from tidepool.inference.linear import swap_linear_layers, weights_dtype
 from tidepool.inference.paged import PagedEngine
@@ -185,7 +186,7 @@ def test_quantizing_in_c_is_that_of_torch(dtype: torch.dtype, monkeypatch: pytes
 
 @pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_and_gated_mlps_are_computed_in_c_and_alike(family: Any, dtype: torch.dtype) -> None:
+def test_norms_gated_mlps_and_rotations_are_computed_in_c_and_alike(family: Any, dtype: torch.dtype) -> None:
     with torch.no_grad():
         for name, parameter in family.named_parameters():
             if "norm" in name:
@@ -193,7 +194,7 @@ def test_norms_and_gated_mlps_are_computed_in_c_and_alike(family: Any, dtype: to
     exact, model = logits(family), family.to(dtype)
     own, changed = logits(model), swapped(model, "auto")
     num_norms = sum("RMSNorm" in type(module).__name__ for module in changed.modules())
-    assert fuse(changed) == (num_norms + 2 if num_norms else 0)  # GPT-2 has none of either
+    assert fuse(changed) == (num_norms + 2 + 2 if num_norms else 0)  # GPT-2 has none of them
     if dtype == torch.float32:
         assert torch.allclose(logits(changed), own, rtol=1e-5, atol=5e-4)
     else:
@@ -205,8 +206,38 @@ def test_a_module_that_computes_something_else_keeps_its_own_code(llama: Any) ->
     changed = swapped(llama, "auto")
     own = type(changed.model.norm)
     changed.model.norm.__class__ = type("OddRMSNorm", (own,), {"forward": lambda self, input: own.forward(self, input) + 0.01})
-    assert fuse(changed) == 4 + 2
+    assert fuse(changed) == 4 + 2 + 2
     assert "forward" not in vars(changed.model.norm)
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+def test_an_attention_that_rotates_otherwise_keeps_its_own_function(llama: Any) -> None:
+    own = type(llama.model.layers[0].self_attn).forward
+    rotation = own.__globals__["apply_rotary_pos_emb"]
+
+    def otherwise(query: Any, key: Any, cosine: Any, sine: Any) -> Any:
+        return rotation(query, key, cosine, -sine)
+
+    def with_rotation(function: Any) -> Any:
+        return FunctionType(own.__code__, {**own.__globals__, "apply_rotary_pos_emb": function}, "forward", own.__defaults__)
+
+    assert fused._with_our_rotation(with_rotation(rotation), torch.float32) is not None
+    assert fused._with_our_rotation(with_rotation(otherwise), torch.float32) is None
+    assert fused._with_our_rotation(with_rotation(lambda query: query), torch.float32) is None
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+def test_what_our_rotation_does_not_know_goes_to_the_model_s_own(llama: Any) -> None:
+    own = type(llama.model.layers[0].self_attn).forward
+    rotate = fused._with_our_rotation(own, torch.float32).__globals__["apply_rotary_pos_emb"]  # type: ignore[union-attr]
+    rotation = own.__globals__["apply_rotary_pos_emb"]
+    generator = torch.Generator().manual_seed(1)
+    query, key = torch.randn(2, 4, 5, 8, generator=generator), torch.randn(2, 2, 5, 8, generator=generator)
+    cosine, sine = torch.randn(2, 5, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
+    apart = torch.randn(1, 4, 8, 5, generator=generator).transpose(2, 3)  # heads that are no rows
+    for given in ((query, key, cosine, sine), (apart, key[:1], cosine[:1], sine[:1]), (query[:1].double(), key[:1], cosine[:1], sine[:1])):
+        for found, expected in zip(rotate(*given), rotation(*given), strict=True):
+            assert found.equal(expected)
 
 
 @pytest.mark.skipif(native.library() is None, reason="there is no C compiler")

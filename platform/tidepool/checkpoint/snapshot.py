@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tidepool.openmp import end_workers
+
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -49,7 +51,7 @@ class Snapshot:
         self._lay_out(sources, is_pinned=device is not None)
         values = list(sources.values())
         if device is None:
-            self._copied = executor.submit(_copy, self._views, values)
+            self._copied = executor.submit(_copy_aside, self._views, values)
             return
         self._stream = self._stream or torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream(device))
@@ -110,6 +112,14 @@ def _allocate(num_bytes: int, is_pinned: bool) -> Tensor:
 def _copy(views: list[Tensor], sources: list[Tensor]) -> None:
     with torch.no_grad():
         torch._foreach_copy_(views, sources, non_blocking=True)
+
+
+def _copy_aside(views: list[Tensor], sources: list[Tensor]) -> None:
+    """In a thread that will compute nothing until the next copy."""
+    try:
+        _copy(views, sources)
+    finally:
+        end_workers()
 
 
 def divide(sizes_bytes: Mapping[str, int], num_parts: int) -> list[list[str]]:

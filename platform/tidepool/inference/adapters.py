@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tidepool.errors import EngineBusyError, ModelError
 from tidepool.inference.lora import PackedAdapter
-from tidepool.inference.openmp import end_workers
+from tidepool.openmp import end_workers
 
 _NUM_READERS = 4
 """So many folders are read at a time: one on a slow disk does not hold up the others."""

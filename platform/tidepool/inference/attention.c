@@ -1,5 +1,5 @@
-/* What each step of decoding does in each layer: attention of one query a sequence over a paged cache, and the numbers around
-   integer products.
+/* What each step of decoding does in each layer: attention of one query a sequence over a paged cache, rotated positions, norms and
+   gates, and the numbers around integer products.
 
    Each (sequence, group of heads) is computed by itself, in one order of additions that nothing else changes: a row's bits do not
    depend on the rows beside it. Numbers are float32 whatever the cache holds. A key and a value are read once for all heads that
@@ -179,3 +179,26 @@ static inline float gate(float x, int kind) {
 
 DEFINE_ROWS(float32, float, same, same)
 DEFINE_ROWS(bfloat16, bfloat16, to_float_bf16, to_bf16)
+
+/* Rotary positions: each head's first half and second half, turned by the angles of its token; heads lie together in the output. */
+#define DEFINE_ROTATE(SUFFIX, T, LOAD, STORE)                                                                               \
+    void rotate_##SUFFIX(const T *input, int64_t token_stride, int64_t head_stride, const T *cosines, const T *sines,       \
+                         T *output, int64_t num_tokens, int64_t num_heads, int64_t size, int num_threads) {                 \
+        int64_t half = size / 2;                                                                                            \
+        _Pragma("omp parallel for num_threads(num_threads) if (num_tokens * num_heads * size > 65536)")                     \
+        for (int64_t token = 0; token < num_tokens; token++) {                                                              \
+            const T *cosine = cosines + token * size, *sine = sines + token * size;                                         \
+            for (int64_t head = 0; head < num_heads; head++) {                                                              \
+                const T *from = input + token * token_stride + head * head_stride;                                          \
+                T *to = output + (token * num_heads + head) * size;                                                         \
+                for (int64_t i = 0; i < half; i++) {                                                                        \
+                    float x = LOAD(from[i]), y = LOAD(from[half + i]);                                                      \
+                    to[i] = STORE(LOAD(STORE(x * LOAD(cosine[i]))) - LOAD(STORE(y * LOAD(sine[i]))));                       \
+                    to[half + i] = STORE(LOAD(STORE(y * LOAD(cosine[half + i]))) + LOAD(STORE(x * LOAD(sine[half + i]))));  \
+                }                                                                                                           \
+            }                                                                                                               \
+        }                                                                                                                   \
+    }
+
+DEFINE_ROTATE(float32, float, same, same)
+DEFINE_ROTATE(bfloat16, bfloat16, to_float_bf16, to_bf16)

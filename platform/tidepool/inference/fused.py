@@ -1,4 +1,4 @@
-"""Parts of a model that are computed in C where that gives the same: gated MLPs and root mean square norms.
+"""Parts of a model that are computed in C where that gives the same: gated MLPs, root mean square norms and rotary positions.
 
 A module is recognised by what it has, not by its class, and its faster way is taken only if it gives on random numbers what the
 module's own code gives; so a new architecture is computed by its own code until it fits, and never wrongly.
@@ -6,7 +6,8 @@ module's own code gives; so a new architecture is computed by its own code until
 
 import inspect
 from collections.abc import Callable
-from types import MethodType
+from functools import cache
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
@@ -33,7 +34,49 @@ def fuse(model: PreTrainedModel) -> int:
                 module.forward = MethodType(forward, module)
                 num_fused += 1
                 break
+        if (attention := _with_our_rotation(type(module).forward, model.dtype)) is not None:
+            module.forward = MethodType(attention, module)
+            num_fused += 1
     return num_fused
+
+
+_ROTATION = "apply_rotary_pos_emb"
+"""What transformers' attention calls its function for rotary positions: (q, k, cos, sin) to (q, k), heads before tokens."""
+
+
+@cache
+def _with_our_rotation(forward: Callable[..., Any], dtype: torch.dtype) -> Callable[..., Any] | None:
+    """A class's `forward` with ours in place of the function that it calls; None where it calls none, or another one."""
+    if not isinstance(forward, FunctionType) or _ROTATION not in forward.__code__.co_names:
+        return None
+    own = forward.__globals__.get(_ROTATION)
+    if own is None or not _rotates_alike(own, dtype):
+        return None
+
+    def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+        is_plain = query.shape[-1] == cosine.shape[-1] and query.stride(-1) == key.stride(-1) == query.shape[0] == 1
+        if not is_plain or not cosine.dtype == sine.dtype == query.dtype == key.dtype == dtype:
+            both: tuple[Tensor, Tensor] = own(query, key, cosine, sine)
+            return both
+        cosine, sine = cosine.contiguous(), sine.contiguous()
+        return native.rotate(query, cosine, sine), native.rotate(key, cosine, sine)
+
+    names = {**forward.__globals__, _ROTATION: rotate}
+    changed = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    changed.__kwdefaults__ = forward.__kwdefaults__
+    return changed
+
+
+def _rotates_alike(own: Callable[..., Any], dtype: torch.dtype) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 5, num_heads, 16, generator=generator).to(dtype).transpose(1, 2) for num_heads in (4, 2))
+    cosine, sine = (torch.randn(1, 5, 16, generator=generator).to(dtype) for _ in range(2))
+    try:
+        expected = own(query, key, cosine, sine)
+    except TypeError:  # it wants something else
+        return False
+    found = native.rotate(query, cosine, sine), native.rotate(key, cosine, sine)
+    return all(torch.allclose(*pair, rtol=_TOLERANCE[dtype], atol=_TOLERANCE[dtype]) for pair in zip(found, expected, strict=True))
 
 
 def _gates(module: nn.Module) -> list[tuple[Forward, int]]:

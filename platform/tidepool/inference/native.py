@@ -40,6 +40,7 @@ _ARGUMENTS = {
     "scale": [*[_POINTER] * 4, _LONG, _LONG, _INT],
     "gate": [_POINTER, _POINTER, _LONG, _LONG, _INT, _INT],
     "norm": [*[_POINTER] * 3, _LONG, _LONG, ctypes.c_float, _INT, _INT],
+    "rotate": [_POINTER, _LONG, _LONG, *[_POINTER] * 3, *[_LONG] * 3, _INT],
 }
 _LINEAR_ARGUMENTS = {"multiply": [*[_POINTER] * 4, *[_LONG] * 3, _INT]}
 _LORA_ARGUMENTS = {"lora": [_POINTER, _LONG, _LONG, _POINTER, _LONG, _POINTER, _INT, *[_POINTER] * 4, *[_INT] * 4]}
@@ -111,6 +112,17 @@ def norm(input_TN: Tensor, weight_N: Tensor, epsilon: float, rounds_first: bool)
     pointers = input_TN.data_ptr(), weight_N.data_ptr(), output_TN.data_ptr()
     function(*pointers, input_TN.numel() // size, size, epsilon, rounds_first, torch.get_num_threads())
     return output_TN
+
+
+def rotate(input_1HTK: Tensor, cosine_1TK: Tensor, sine_1TK: Tensor) -> Tensor:
+    """Halves of each head turned into one another, as Llama's rotary positions are. Needs `library()`, and heads that are whole rows."""
+    _, num_heads, num_tokens, size = input_1HTK.shape
+    output_THK = torch.empty(num_tokens, num_heads, size, dtype=input_1HTK.dtype)
+    function = getattr(library(), f"rotate_{_SUFFIXES[input_1HTK.dtype]}")
+    strides = input_1HTK.stride(2), input_1HTK.stride(1)
+    pointers = [one.data_ptr() for one in (cosine_1TK, sine_1TK, output_THK)]
+    function(input_1HTK.data_ptr(), *strides, *pointers, num_tokens, num_heads, size, torch.get_num_threads())
+    return output_THK.transpose(0, 1)[None]
 
 
 def bands(weight_NK: Tensor) -> Tensor:

@@ -41,11 +41,11 @@ from tidepool.inference.limits import BLOCK_SIZE, adapters_bytes, context_length
 from tidepool.inference.linear import swap_linear_layers
 from tidepool.inference.log_probabilities import TokenLogprobs
 from tidepool.inference.lora import Matrices, pack
-from tidepool.inference.openmp import end_workers
 from tidepool.inference.runner import Computed, Flight, ModelRunner, Placement
 from tidepool.inference.scheduler import Chunk, Scheduler
 from tidepool.inference.sequence import Sequence
 from tidepool.inference.stream import Stream
+from tidepool.openmp import end_workers
 from tidepool.specs import EngineSpec
 
 T = TypeVar("T")

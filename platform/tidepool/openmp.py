@@ -14,8 +14,9 @@ def end_workers() -> None:
     """End the workers of the calling thread; it gets new ones when it needs them.
 
     While a process has more of them than cores, GNU's library lets none of them wait actively, and each operation of whoever computes
-    begins by waking one up: 80 us, where one that is awake begins within 2. A thread that has computed once, to load a model, would
-    cost the engine's own a third of a small model's rate. Nothing is done where torch has another library.
+    begins by waking one up: 80 us, where one that is awake begins within 2. A thread that has computed once, to load a model or to copy
+    one, would cost the engine's own, or the step loop's, that much for each operation from then on. Nothing is done where torch has
+    another library.
     """
     for library in _libraries():
         library.omp_pause_resource_all(_SOFT)

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tidepool.inference.openmp import _libraries, end_workers
+from tidepool.openmp import _libraries, end_workers
 
 pytestmark = pytest.mark.skipif(not _libraries(), reason="torch does not compute with GNU's OpenMP here")
 
