@@ -403,9 +403,11 @@ class ReplicasSpec(Spec):
 class GatewaySpec(Spec):
     """Whom the gateway lets in, and how much a request may ask for. `max_new_tokens` None: as many as the context has room for.
 
-    `port`: one that the gateway listens on itself, on its node, beside Serve's proxy.
+    `replicas`: how many gateways there are; limits count in each of them. `port`: one that they listen on themselves, on their nodes,
+    beside Serve's proxy.
     """
 
+    replicas: Count = 1
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     require_keys: bool = False
     keys_max_age_s: Annotated[float, Field(gt=0)] = 900.0

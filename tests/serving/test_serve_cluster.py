@@ -28,6 +28,7 @@ from tidepool.local_cluster import LocalCluster
 from tidepool.serving.app import Gateway, directory_deployment, follow
 from tidepool.serving.backend import Call, Frame, Started
 from tidepool.serving.directory import View
+from tidepool.serving.engines import SHUTDOWN_TIMEOUT_S
 from tidepool.serving.fleet import Fleet
 from tidepool.specs import GatewaySpec, ServingSpec
 
@@ -119,26 +120,21 @@ def test_chats_streams_and_refusals(client: OpenAI) -> None:
 # --- A replica that does what it is told -----------------------------------------------------------------------------
 
 
-def deploy_gateway(cluster: LocalCluster, port: int, timeout_s: float) -> None:
-    """Our gateway on Serve, in an application `obedient`, with a port of its own."""
-    gateway = serve.deployment(serve.ingress()(Gateway), ray_actor_options={"num_cpus": 0})
-    own = GatewaySpec(port=port, timeout_s=timeout_s)
-    spec = ServingSpec(store=cluster.store_url, models=["obedient"], resolve_ttl_s=1000, gateway=own)
+def deploy_gateways(cluster: LocalCluster, num: int, **own: Any) -> None:
+    """Our gateways on Serve, in an application `obedient`."""
+    options = {"num_replicas": num, "ray_actor_options": {"num_cpus": 0}, "graceful_shutdown_timeout_s": SHUTDOWN_TIMEOUT_S}
+    gateway = serve.deployment(serve.ingress()(Gateway), **options)
+    spec = ServingSpec(store=cluster.store_url, models=["obedient"], resolve_ttl_s=1000, gateway=GatewaySpec(**own))
     application = gateway.bind(spec, {"obedient": full("obedient")}, directory_deployment().bind())
     serve.run(application, name="obedient", route_prefix="/obedient")
 
 
 @pytest.fixture(scope="module")
-def direct_port() -> int:
-    return free_port()
-
-
-@pytest.fixture(scope="module")
-def obedient_url(cluster: LocalCluster, served: Published, direct_port: int) -> Iterator[str]:
+def obedient_url(cluster: LocalCluster, served: Published) -> Iterator[str]:
     """Our gateway on Serve before a replica that does what it is told."""
     del served  # Serve runs, on the ports of the cluster
     replica = serve.deployment(ObedientReplica, name="Obedient", ray_actor_options={"num_cpus": 0})
-    deploy_gateway(cluster, direct_port, 600)
+    deploy_gateways(cluster, 1)
     serve.run(replica.bind("obedient"), name="obedient-replica", route_prefix=None)
     yield cluster.api_url.replace("/v1", "/obedient/v1")
     for name in ("obedient-replica", "obedient"):
@@ -204,22 +200,37 @@ def test_a_client_that_leaves_cancels_the_request_at_the_replica(obedient_url: s
     ray.get(signals.wait_for.remote(f"cancelled wait {stream}"), timeout=_TIMEOUT_S)
 
 
-def test_a_gateway_that_is_replaced_ends_the_streams_at_its_own_port_first(
-    cluster: LocalCluster, obedient_url: str, direct_port: int, signals: Any
+@pytest.mark.long
+def test_gateways_that_are_replaced_finish_their_streams_while_others_answer(
+    cluster: LocalCluster, obedient_url: str, signals: Any
 ) -> None:
-    url = f"http://127.0.0.1:{direct_port}/v1"
+    port = free_port()
+    deploy_gateways(cluster, 2, port=port)
+    urls = [f"http://127.0.0.1:{port}/v1", obedient_url]
+
+    def ask() -> None:
+        for url in urls:
+            with httpx.Client(transport=httpx.HTTPTransport(retries=2), timeout=_TIMEOUT_S) as client:
+                answered = client.post(f"{url}/completions", json={"model": "obedient", "prompt": "go"})
+            assert answered.json()["choices"][0]["text"] == "ab"
+
+    replacing = threading.Thread(target=deploy_gateways, args=(cluster, 2), kwargs={"port": port, "timeout_s": 599})
     body = {"model": "obedient", "prompt": "hold", "stream": True}
-    with httpx.stream("POST", f"{url}/completions", json=body, timeout=_TIMEOUT_S) as response:
+    with httpx.stream("POST", f"{urls[0]}/completions", json=body, timeout=_TIMEOUT_S) as response:
         lines = response.iter_lines()
         assert '"text":"a"' in next(lines)
-        deploy_gateway(cluster, direct_port, 599)
-        for base in (url, obedient_url):  # others are answered meanwhile, both ways
-            answered = httpx.post(f"{base}/completions", json={"model": "obedient", "prompt": "go"}, timeout=_TIMEOUT_S)
-            assert answered.json()["choices"][0]["text"] == "ab"
+        replacing.start()
+        deadline = time.monotonic() + 15  # long enough for the other one to be replaced, and this one to be asked to go
+        while time.monotonic() < deadline:
+            ask()
+        assert replacing.is_alive(), "they were replaced while one had a stream"
         ray.get(signals.tell.remote("go on"))
         rest = list(lines)
     assert '"text":"b"' in "".join(rest)
     assert rest[-2:] == ["data: [DONE]", ""]
+    replacing.join(_TIMEOUT_S)
+    assert not replacing.is_alive()
+    ask()
 
 
 def test_statuses_come_through_serve(obedient_url: str) -> None:

@@ -5,14 +5,15 @@ Serve starts, watches and stops the processes, and brings requests to the gatewa
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.context import _get_global_client
 from ray.serve.handle import DeploymentHandle
+from starlette.applications import Starlette
 
 from tidepool.announcement import DIRECTORY
 from tidepool.arbiter_handle import find_arbiter
@@ -57,6 +58,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     gateway = serve.deployment(
         serve.ingress()(Gateway),
         name="Gateway",
+        num_replicas=spec.gateway.replicas,
         ray_actor_options={"num_cpus": _GATEWAY_CPUS},
         max_ongoing_requests=spec.gateway.max_requests + _HEADROOM,  # more than the gateway takes: it is the one that says that it is full
         graceful_shutdown_timeout_s=SHUTDOWN_TIMEOUT_S,
@@ -129,7 +131,7 @@ class Gateway:
         self._bases = {digest for version in deployed.values() if (digest := base_digest_of(version))}
         self._resolver = Resolver(Registry(store).meaning, deployed, self._bases, spec.resolve_ttl_s, prepare=self._fleet.prepare)
         keys = KeyRing(KeyLog(store).read_after, spec.gateway.keys_max_age_s)
-        self._app = build_gateway(self._resolver, self._fleet, spec.gateway, keys)
+        self._app = build_gateway(self._resolver, self._fleet, spec.gateway, keys, self._lifespan)
         tls = {name: getattr(http, name) for name in _TLS_OPTIONS}
         port = spec.gateway.port
         self._door = Door(self._app, http.host or _LOOPBACK, port, tls) if port is not None else None
@@ -152,8 +154,10 @@ class Gateway:
         if self._door is not None:
             self._door.check()
 
-    async def __del__(self) -> None:
-        """Called and awaited by Serve when this replica must go, once what came through Serve's proxy is answered."""
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        """Serve ends it when this replica must go, once what came through Serve's proxy is answered."""
+        yield
         if self._door is not None:
             await self._door.close(_DOOR_PATIENCE_S)
 

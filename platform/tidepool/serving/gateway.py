@@ -13,7 +13,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import AbstractAsyncContextManager, ExitStack
 from typing import TypeVar
 
 from starlette.applications import Starlette
@@ -58,8 +58,14 @@ _PARSERS: dict[str, Callable[[bytes], Ask]] = {
 T = TypeVar("T")
 
 
-def build_gateway(resolver: Resolver, backend: Backend, spec: GatewaySpec | None = None, keys: KeyRing | None = None) -> Starlette:
-    """The ASGI application. `keys` is needed where the spec requires keys."""
+def build_gateway(
+    resolver: Resolver,
+    backend: Backend,
+    spec: GatewaySpec | None = None,
+    keys: KeyRing | None = None,
+    lifespan: Callable[[Starlette], AbstractAsyncContextManager[None]] | None = None,
+) -> Starlette:
+    """The ASGI application. `keys` is needed where the spec requires keys; `lifespan`: what is done around it."""
     spec = spec or GatewaySpec()
     gateway = _Gateway(resolver, backend, spec, Access(spec, keys))
     routes = [
@@ -71,7 +77,7 @@ def build_gateway(resolver: Resolver, backend: Backend, spec: GatewaySpec | None
         *(Route(path, gateway.answering(parse), methods=["POST"]) for path, parse in _PARSERS.items()),
         Route("/admin/keys", gateway.keys),
     ]
-    return Starlette(routes=routes, exception_handlers={HTTPException: _unknown_route})
+    return Starlette(routes=routes, exception_handlers={HTTPException: _unknown_route}, lifespan=lifespan)
 
 
 async def _health(_: Request) -> Response:
