@@ -70,7 +70,15 @@ def test_float32_is_exact_but_for_the_order_of_additions(family: Any) -> None:
     assert torch.allclose(logits(swapped(family, "auto")), logits(family), rtol=1e-5, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", ["_Packed", pytest.param("_Banded", marks=needs_avx512)])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            "_Packed", marks=pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16")
+        ),
+        pytest.param("_Banded", marks=needs_avx512),
+    ],
+)
 def test_bfloat16_is_as_far_from_float32_as_it_is_in_transformers(family: Any, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setattr(linear, "_multiplies_bf16", lambda: kind == "_Packed")
     exact, rounded = logits(family), family.bfloat16()
