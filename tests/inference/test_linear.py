@@ -232,6 +232,8 @@ def test_an_attention_that_rotates_otherwise_keeps_its_own_function(llama: Any) 
     assert fused._with_our_rotation(with_rotation(rotation), torch.float32) is not None
     assert fused._with_our_rotation(with_rotation(otherwise), torch.float32) is None
     assert fused._with_our_rotation(with_rotation(lambda query: query), torch.float32) is None
+    assert fused._with_our_rotation(with_rotation(lambda query, key, _cosine, _sine: (query @ key, key)), torch.float32) is None
+    assert fused._with_our_rotation(with_rotation(lambda query, key, _cosine, _sine: (query[..., :4], key)), torch.float32) is None
 
 
 @pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
@@ -245,6 +247,11 @@ def test_what_our_rotation_does_not_know_goes_to_the_model_s_own(llama: Any) -> 
     apart = torch.randn(1, 4, 8, 5, generator=generator).transpose(2, 3)  # heads that are no rows
     for given in ((query, key, cosine, sine), (apart, key[:1], cosine[:1], sine[:1]), (query[:1].double(), key[:1], cosine[:1], sine[:1])):
         for found, expected in zip(rotate(*given), rotation(*given), strict=True):
+            assert found.equal(expected)
+    swapped_axes = query[:1].transpose(1, 2), key[:1].transpose(1, 2), cosine[:1], sine[:1]
+    for named in ({"unsqueeze_dim": 2}, {}):
+        more = () if named else (2,)
+        for found, expected in zip(rotate(*swapped_axes, *more, **named), rotation(*swapped_axes, 2), strict=True):
             assert found.equal(expected)
 
 

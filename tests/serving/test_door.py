@@ -87,7 +87,7 @@ def test_it_waits_only_so_long() -> None:
     asyncio.run(play())
 
 
-def test_one_that_is_replaced_and_the_one_that_replaces_it_listen_both() -> None:
+def test_two_gateways_of_a_node_listen_both_and_one_may_go() -> None:
     async def play() -> None:
         goes_on, port = asyncio.Event(), free_port()
         goes_on.set()

@@ -53,10 +53,12 @@ def _with_our_rotation(forward: Callable[..., Any], dtype: torch.dtype) -> Calla
     if own is None or not _rotates_alike(own, dtype):
         return None
 
-    def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
-        is_plain = query.shape[-1] == cosine.shape[-1] and query.stride(-1) == key.stride(-1) == query.shape[0] == 1
+    def rotate(query: Tensor, key: Tensor, cosine: Tensor, sine: Tensor, *more: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        is_plain = (
+            not more and not named and query.shape[-1] == cosine.shape[-1] and query.stride(-1) == key.stride(-1) == query.shape[0] == 1
+        )
         if not is_plain or not cosine.dtype == sine.dtype == query.dtype == key.dtype == dtype:
-            both: tuple[Tensor, Tensor] = own(query, key, cosine, sine)
+            both: tuple[Tensor, Tensor] = own(query, key, cosine, sine, *more, **named)
             return both
         cosine, sine = cosine.contiguous(), sine.contiguous()
         return native.rotate(query, cosine, sine), native.rotate(key, cosine, sine)
@@ -73,7 +75,9 @@ def _rotates_alike(own: Callable[..., Any], dtype: torch.dtype) -> bool:
     cosine, sine = (torch.randn(1, 5, 16, generator=generator).to(dtype) for _ in range(2))
     try:
         expected = own(query, key, cosine, sine)
-    except TypeError:  # it wants something else
+    except (TypeError, ValueError, IndexError, RuntimeError):  # it wants something else, or something of another shape
+        return False
+    if [one.shape for one in expected] != [query.shape, key.shape]:
         return False
     found = native.rotate(query, cosine, sine), native.rotate(key, cosine, sine)
     return all(torch.allclose(*pair, rtol=_TOLERANCE[dtype], atol=_TOLERANCE[dtype]) for pair in zip(found, expected, strict=True))

@@ -3,8 +3,7 @@
 Serve's proxy hands each event of a stream from process to process, which costs more than all that the gateway does with it
 (docs/decisions/0014-a-door-of-the-gateway-s-own.md).
 
-Several gateways of a node may listen on the port, and the kernel gives each connection to one of them: one that is replaced and the one
-that replaces it are both there for a while.
+Several gateways of a node may listen on the port, and the kernel gives each connection to one of them.
 """
 
 import asyncio
@@ -46,10 +45,10 @@ class Door:
         self._serving = asyncio.get_running_loop().create_task(self._server.serve(sockets=[listener]))
 
     def check(self) -> None:
-        """Raises whatever ended it, if anything but `close` did."""
+        """Raises whatever ended it, or `ClusterError`, if it was open and nobody listens any more."""
         if self._serving is not None and self._serving.done():
             self._serving.result()
-            raise ClusterError(f"Nobody listens on port {self._port} any more.")
+            raise ClusterError(f"Nobody listens on port {self._port} any more: Serve replaces this gateway.")
 
     async def close(self, patience_s: float) -> None:
         """Take no more connections, and wait so long for the answers that are under way."""
@@ -69,7 +68,7 @@ class _Server(uvicorn.Server):
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener: Any = socket.socket(family, socket.SOCK_STREAM)
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
@@ -79,4 +78,4 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         message = f"The gateway cannot listen on {host}, port {port} ({error.strerror}): name a free one in `gateway: {{port: ...}}`."
         raise ClusterError(message) from error
-    return listener  # type: ignore[no-any-return]
+    return listener
