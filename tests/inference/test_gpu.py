@@ -1,20 +1,32 @@
-"""What only a GPU shows of the engine; skipped where there is none: the kernel, graphs, and steps launched ahead, against the CPU."""
+"""What only a GPU shows of the engine; skipped where there is none: kernels, graphs, steps launched ahead, adapters, against the CPU."""
 
+import asyncio
 import copy
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.inference.conftest import answer, request, run
+from tests.inference.families import FAMILIES
 from tests.inference.test_identity import all_at_once, traffic
+from tests.inference.test_lora import Peft, asked_of, configs, layers_with, outputs_of, train
 from tidepool.inference.engine import GenerationRequest
 from tidepool.inference.limits import BLOCK_SIZE
+from tidepool.inference.linear import swap_linear_layers
+from tidepool.inference.lora_layers import NO_SLOT
 from tidepool.inference.paged import PagedEngine
 from tidepool.models import build_model
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # peft asks transformers by an old name
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning"),
+]
 GPU = torch.device("cuda", 0)
 LLAMA = {
     "model_type": "llama",
@@ -55,7 +67,7 @@ def test_the_kernel_attends(dtype: torch.dtype, size: int, window: int | None, s
         torch.testing.assert_close(found[row].double(), expected, rtol=tolerance, atol=tolerance)
 
 
-def asked_of(temperature: float) -> list[GenerationRequest]:
+def greedy_or_drawn(temperature: float) -> list[GenerationRequest]:
     return [
         request(prompt, length, f"r{index}", temperature=temperature, seed=index)
         for index, (prompt, length) in enumerate(traffic(random.Random(8)))
@@ -65,7 +77,7 @@ def asked_of(temperature: float) -> list[GenerationRequest]:
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_answers_are_those_of_the_cpu_and_do_not_depend_on_graphs_or_company(llama: Any, tokenizer: Any, temperature: float) -> None:
     """In float32 without TF32: a difference is an error, but where two tokens are nearly as good."""
-    asked, found = asked_of(temperature), []
+    asked, found = greedy_or_drawn(temperature), []
 
     async def play(engine: PagedEngine) -> None:
         found.append(await all_at_once(engine, asked))
@@ -84,7 +96,7 @@ def test_answers_are_those_of_the_cpu_and_do_not_depend_on_graphs_or_company(lla
 
 
 def test_waiting_for_no_token_and_guessing_change_none(llama: Any, tokenizer: Any) -> None:
-    asked, found = asked_of(0.0), []
+    asked, found = greedy_or_drawn(0.0), []
 
     async def play(engine: PagedEngine) -> None:
         found.append(await all_at_once(engine, asked))
@@ -93,3 +105,50 @@ def test_waiting_for_no_token_and_guessing_change_none(llama: Any, tokenizer: An
         run(copy.deepcopy(llama).to(GPU), tokenizer, play, weights="fp32", max_batch_size=8, max_step_tokens=24, **more)
     for one in found[1:]:
         assert sum(mine == theirs for mine, theirs in zip(one, found[0], strict=True)) >= len(asked) - 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.inference_mode()
+def test_each_row_gets_what_its_adapter_has_for_it_in_any_company(dtype: torch.dtype) -> None:
+    from tidepool.inference.lora_triton import add
+
+    slots = [2, NO_SLOT, 0, 0, 2, *[3] * 40, 1, NO_SLOT, *[1] * 25, 0, 2]
+    model = build_model(LLAMA | {"num_hidden_layers": 1}, 300, 1).to(GPU, dtype)
+    swap_linear_layers(model, "fp32" if dtype == torch.float32 else "bf16")
+    layers, made = layers_with(model, [1, 5, 8, 64], dtype)
+    for layer in layers._layers:
+
+        def added(inputs: torch.Tensor, of: list[int], base: torch.Tensor, layer: Any = layer) -> torch.Tensor:
+            output = base.clone()
+            add(inputs, output, torch.tensor(of, dtype=torch.int32, device=GPU), *layers._tables.of(layer), layers._most_ranks)
+            return output
+
+        size = layers.sizes[layer.parts[0].name][0]
+        inputs = torch.randn(len(slots), size, device=GPU, generator=torch.Generator(GPU).manual_seed(2)).to(dtype)
+        base = layer.module(inputs)
+        found = added(inputs, slots, base)
+        for row, slot in enumerate(slots):
+            expected = base[row].double()
+            for part in layer.parts:
+                if slot != NO_SLOT and (held := made[slot].get(part.name)) is not None:
+                    a, b, scale = (one.to(GPU).double() if isinstance(one, torch.Tensor) else one for one in held)
+                    expected[part.first : part.first + part.size] += scale * (b @ (a @ inputs[row].double()))
+            error = (found[row].double() - expected).abs().max() / expected.abs().max()
+            assert error < (1e-6 if dtype == torch.float32 else 1e-2), (layer.parts[0].name, row, slot)
+            assert found[row].equal(added(inputs[row : row + 1], [slot], base[row : row + 1])[0]), (layer.parts[0].name, row, slot)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_mixed_adapters_of_each_family_are_those_of_peft(family: str, tokenizer: Any, tmp_path: Path) -> None:
+    model = build_model(FAMILIES[family], len(tokenizer), 1, tokenizer)
+    made = configs(model.config.model_type)
+    folders = {digest: train(model, seed, config, tmp_path / digest) for seed, (digest, config) in enumerate(made.items())}
+    peft: dict[str | None, Peft] = {None: Peft(model, None)} | {digest: Peft(model, folder) for digest, folder in folders.items()}
+    asked = asked_of([*peft], prompt_logprobs=0)
+
+    async def play(engine: PagedEngine) -> None:
+        await asyncio.gather(*(engine.load_adapter(digest, folder) for digest, folder in folders.items()))
+        for one, outputs in zip(asked, await asyncio.gather(*(outputs_of(engine, one) for one in asked)), strict=True):
+            peft[one.adapter].check(one, outputs)
+
+    run(copy.deepcopy(model).to(GPU), tokenizer, play, weights="fp32", max_step_tokens=48)

@@ -1,9 +1,11 @@
-"""`jobs/train.py` whose workers fail where a test wants it: `faulty_job.py SPEC FAULTS`.
+"""`jobs/train.py` whose workers fail where a test wants it: `faulty_job.py SPEC FAULTS [--first-gpu]`.
 
 FAULTS is a JSON list of objects: in replica group `group` (any, if it is left out), when `function` ("module:Class.method") is
 called while the worker holds `step` or a later one, and `when` (Python over its `args`) is true, `do` kill (SIGKILL), stop
 (SIGSTOP), raise, hang (for ever, in the main thread alone), or wait (a `StepLoop`, until there is the file `until`). `once` is a file
 that is made by the process that does it, so that no other does it again; with `always`, all do.
+
+With `--first-gpu` all workers compute on the first GPU of the machine, of which Ray need not know.
 """
 
 import importlib
@@ -41,10 +43,24 @@ def faulty_worker(config: Mapping[str, Any]) -> None:
         holds(self, step, digest, shard_s)
 
     Member.holds = note  # type: ignore[method-assign]
+    if config["first_gpu"]:
+        _share_first_gpu()
     for fault in config["faults"]:
         if fault.get("group", config["group"]) == config["group"]:
             _build_in(fault, held)
     train_worker(config)
+
+
+def _share_first_gpu() -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = "0"  # Ray hides them all from workers that asked for none
+    import ray.train.torch
+    import torch
+
+    from tidepool.training import process_group
+
+    meeting_point = process_group.MeetingPoint
+    ray.train.torch.get_device = lambda: torch.device("cuda", 0)
+    process_group.MeetingPoint = lambda host, **_: meeting_point(host, is_gpu_shared=True)  # type: ignore[assignment, misc]
 
 
 def _build_in(fault: dict[str, Any], held: dict[str, int]) -> None:
@@ -95,7 +111,7 @@ if __name__ == "__main__":
     spec, faults = load_spec(sys.argv[1], RunSpec), json.loads(sys.argv[2])
 
     def worker(config: Mapping[str, Any]) -> None:
-        faulty_worker({**config, "faults": faults})
+        faulty_worker({**config, "faults": faults, "first_gpu": "--first-gpu" in sys.argv})
 
     try:
         outcome = train(spec, worker)

@@ -27,10 +27,16 @@ Status = dict[str, Any]
 
 
 class Job:
-    """A job by itself, through `ray job submit`, or with faults (see `faulty_job`) in its workers."""
+    """A job by itself, through `ray job submit`, or with faults (see `faulty_job`) in its workers, on the first GPU if asked to."""
 
     def __init__(
-        self, cluster: LocalCluster, spec: RunSpec, folder: Path, submit: bool = False, faults: list[dict[str, Any]] | None = None
+        self,
+        cluster: LocalCluster,
+        spec: RunSpec,
+        folder: Path,
+        submit: bool = False,
+        faults: list[dict[str, Any]] | None = None,
+        first_gpu: bool = False,
     ) -> None:
         self.spec, self.log = spec, folder / f"{spec.run}-{uuid.uuid4().hex[:6]}.log"
         path = folder / f"{spec.run}.yaml"
@@ -43,6 +49,7 @@ class Job:
                 fault["until"] = str(self._gate(fault.get("step", 0)))
                 fault["once"] = str(folder / f"{spec.run}-fault-{number}")
             command = [sys.executable, "tests/training/faulty_job.py", str(path), json.dumps(faults)]
+            command += ["--first-gpu"] if first_gpu else []
         if submit:
             self.job_id = f"job-{uuid.uuid4().hex[:8]}"
             cli = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--submission-id", self.job_id, "--working-dir", ".", "--"]

@@ -1,4 +1,4 @@
-"""A run whose replica groups share a GPU, on a real Ray cluster: one is killed, one comes, and no bit changes."""
+"""Runs on a GPU on a real Ray cluster: a worker that is killed goes back to its commit, or costs nobody else anything; no bit changes."""
 
 import os
 import signal
@@ -16,6 +16,7 @@ from tests.training.jobs import Job, bits
 from tests.training.test_elastic_cluster import GATE, check_same, elastic_run, gather, pids, without
 from tidepool import local_cluster
 from tidepool.local_cluster import LocalCluster
+from tidepool.specs import RunSpec
 from tidepool.storage import open_store
 
 pytestmark = [
@@ -27,13 +28,12 @@ pytestmark = [
 GPU = torch.device("cuda", 0)
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """A cluster with the machine's GPUs; this process is connected to it."""
-    folder = tmp_path_factory.mktemp("gpu")
-    url = (folder / "store").as_uri()
-    publish_base(url, prepare_dataset(url, folder), folder)
-    running = local_cluster.start(url, num_cpus=8, log=folder / "ray.log", find_gpus=True)
+@pytest.fixture
+def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[LocalCluster]:
+    """A cluster that counts the machine's GPUs, or none of them; this process is connected to it."""
+    url = (tmp_path / "store").as_uri()
+    publish_base(url, prepare_dataset(url, tmp_path), tmp_path)
+    running = local_cluster.start(url, num_cpus=8, log=tmp_path / "ray.log", find_gpus=request.param)
     try:
         with pytest.MonkeyPatch.context() as monkeypatch:
             monkeypatch.setenv("RAY_ADDRESS", running.address)
@@ -45,16 +45,40 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
         local_cluster.stop(running)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_killed_worker_on_a_gpu_costs_no_bit(cluster: LocalCluster, tmp_path: Path, precision: str) -> None:
-    store = open_store(cluster.store_url)
-    changes = {"workers": {"gpus_per_worker": 0.3}, "training": {"precision": precision}}
-    alone = train_here(elastic_run(store, f"gpu-{precision}-alone", **changes), device=GPU).result
-    assert alone is not None
+def alone(spec: RunSpec) -> list[str]:
+    """The bits of a run that this process computes by itself on the GPU."""
+    result = train_here(spec, device=GPU).result
     torch.use_deterministic_algorithms(False)
-    job = Job(cluster, elastic_run(store, f"gpu-{precision}", **changes), tmp_path, faults=[GATE])
+    assert result is not None
+    return bits(dict(result))
+
+
+@pytest.mark.parametrize("cluster", [True], indirect=True)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_worker_goes_back_to_the_last_commit_on_the_gpu_that_the_pool_gave_it(
+    cluster: LocalCluster, tmp_path: Path, precision: str
+) -> None:
+    store = open_store(cluster.store_url)
+    changes = {"workers": {"gpus_per_worker": 1}, "elastic": {"min": 1, "max": 1}, "training": {"precision": precision}}
+    expected = alone(elastic_run(store, "alone", **changes))
+    job = Job(cluster, elastic_run(store, "killed", **changes), tmp_path, faults=[GATE])
+    gather(job, 1)
+    [worker] = job.wait_for(lambda workers: workers[0]["step"] > 25)
+    os.kill(worker["pid"], signal.SIGKILL)
+    result = check_same(job, store, expected, num_claims=2)
+    assert result["recomputed_steps"] < 25, "the commit of step 20 was there"
+
+
+@pytest.mark.parametrize("cluster", [False], indirect=True)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_killed_group_costs_the_others_no_step_and_no_bit(cluster: LocalCluster, tmp_path: Path, precision: str) -> None:
+    """Three groups on the first GPU, of which Ray knows nothing: the pool counts whole ones."""
+    store = open_store(cluster.store_url)
+    changes = {"training": {"precision": precision}}
+    expected = alone(elastic_run(store, "alone", **changes))
+    job = Job(cluster, elastic_run(store, "killed", **changes), tmp_path, faults=[GATE], first_gpu=True)
     before = pids(gather(job))
     os.kill(before[2], signal.SIGKILL)
     after = pids(job.wait_for_status(without(2)))
     assert {group: after[group] for group in (1, 3)} == {group: before[group] for group in (1, 3)}
-    assert check_same(job, store, bits(dict(alone)))["recomputed_steps"] == 0
+    assert check_same(job, store, expected)["recomputed_steps"] == 0
