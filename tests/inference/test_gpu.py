@@ -134,7 +134,7 @@ def test_each_row_gets_what_its_adapter_has_for_it_in_any_company(dtype: torch.d
                     a, b, scale = (one.to(GPU).double() if isinstance(one, torch.Tensor) else one for one in held)
                     expected[part.first : part.first + part.size] += scale * (b @ (a @ inputs[row].double()))
             error = (found[row].double() - expected).abs().max() / expected.abs().max()
-            assert error < (1e-6 if dtype == torch.float32 else 1e-2), (layer.parts[0].name, row, slot)
+            assert error < (1e-5 if dtype == torch.float32 else 1e-2), (layer.parts[0].name, row, slot)
             assert found[row].equal(added(inputs[row : row + 1], [slot], base[row : row + 1])[0]), (layer.parts[0].name, row, slot)
 
 

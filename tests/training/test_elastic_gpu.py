@@ -13,7 +13,7 @@ import tidepool
 from tests.conftest import NAMESPACE
 from tests.training.conftest import prepare_dataset, publish_base, train_here
 from tests.training.jobs import Job, bits
-from tests.training.test_elastic_cluster import GATE, check_same, elastic_run, gather, pids, without
+from tests.training.test_elastic_cluster import GATE, check_same, elastic_run, gather, pids, survived_by
 from tidepool import local_cluster
 from tidepool.local_cluster import LocalCluster
 from tidepool.specs import RunSpec
@@ -79,6 +79,6 @@ def test_a_killed_group_costs_the_others_no_step_and_no_bit(cluster: LocalCluste
     job = Job(cluster, elastic_run(store, "killed", **changes), tmp_path, faults=[GATE], first_gpu=True)
     before = pids(gather(job))
     os.kill(before[2], signal.SIGKILL)
-    after = pids(job.wait_for_status(without(2)))
+    after = pids(job.wait_for_status(survived_by(1, 3, killed=2)))
     assert {group: after[group] for group in (1, 3)} == {group: before[group] for group in (1, 3)}
     assert check_same(job, store, expected)["recomputed_steps"] == 0
