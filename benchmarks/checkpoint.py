@@ -42,7 +42,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from tidepool.checkpoint import Checkpoints, Commit, Snapshot, StoredObject, claim_incarnation, verify
+from tidepool.checkpoint import Checkpoints, Commit, StoredObject, claim_incarnation, verify
+from tidepool.checkpoint.snapshot import Snapshot
 from tidepool.models import build_model
 from tidepool.scratch import ScratchFolder
 from tidepool.specs import OptimizerSpec

@@ -111,7 +111,17 @@ def test_the_coordinator_of_a_run_needs_no_torch() -> None:
 
 def test_who_starts_workers_imports_nothing_that_only_a_worker_needs() -> None:
     """A run's driver, and the launcher and the controller of each of its groups, start one after the other, before any worker does."""
-    code = "import sys, tidepool.training.driver; print({'transformers', 'peft', 'ray.train'} & {*sys.modules})"
+    code = "import sys, tidepool.training.job; print({'torch', 'transformers', 'peft', 'ray.train'} & {*sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "platform")}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("module", ["tidepool.serving.app", "tidepool.serving.engines"])
+def test_gateways_and_what_serve_starts_replicas_by_need_no_torch(module: str) -> None:
+    """A gateway never computes; a replica imports torch with the collector paused."""
+    code = f"import sys, {module}; print({{'torch', 'transformers'}} & {{*sys.modules}})"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "platform")}, capture_output=True, text=True, check=True
     )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 from torch import Tensor
 
-from tidepool.checkpoint import Snapshot, divide
+from tidepool.checkpoint.snapshot import Snapshot, divide
 
 
 @pytest.fixture

@@ -9,8 +9,7 @@ import pytest
 
 from tests.serving.fakes import BASE_DIGEST, adapter
 from tidepool.errors import ApiKeyError, EngineBusyError, StoreUnreachableError
-from tidepool.inference.engine import Output
-from tidepool.inference.log_probabilities import TokenLogprobs
+from tidepool.inference.engine import Output, TokenLogprobs
 from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.serving.backend import Call, Chat, ContextLengthError, Message, Spelling, Started, ToolCall
 from tidepool.serving.channel import Channel, ChannelClosedError, connect, listen

@@ -13,8 +13,7 @@ from starlette.applications import Starlette
 
 from tests.serving.fakes import BASE_DIGEST, FakeBackend, adapter, full, words
 from tidepool.errors import ClusterError, EngineBusyError, ModelError, RegistryError, RequestError, StoreUnreachableError
-from tidepool.inference.engine import Output
-from tidepool.inference.log_probabilities import TokenLogprobs
+from tidepool.inference.engine import Output, TokenLogprobs
 from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.registry import Meaning
 from tidepool.serving import gateway as gateway_module

@@ -12,7 +12,7 @@ from tests.training.conftest import make_run, train_here
 from tests.training.test_families import DROPOUT, GPT2, LLAMA, make_spec, train, train_together
 from tests.training.test_objective import ONE, SEVERAL, make_batch
 from tests.training.test_process_group import together
-from tidepool.checkpoint import Snapshot
+from tidepool.checkpoint.snapshot import Snapshot
 from tidepool.errors import TidepoolError
 from tidepool.models import add_lora, build_model, use_given_masks
 from tidepool.specs import LoraSpec

@@ -30,18 +30,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
 
 from tidepool.checkpoint.history import Commit, Entry, Incarnation, newest_incarnation, visible_commits
 from tidepool.checkpoint.run_log import RunLog
-from tidepool.checkpoint.snapshot import Snapshot
 from tidepool.errors import CorruptCheckpointError, ObjectExistsError, ObjectNotFoundError, StoreError, SupersededError
 from tidepool.scratch import ScratchFolder
 from tidepool.storage import ObjectStore, find_json, get_json, put_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _logger = logging.getLogger(__name__)
 _CHUNK_BYTES = 16 * 2**20
@@ -60,11 +60,13 @@ class Checkpoints:
         self._store, self._run, self._incarnation = store, run, incarnation
         self._log = RunLog(store, run)
 
-    def save(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], details: Mapping[str, Any]) -> Commit:
+    def save(self, step: int, tensors: Mapping[str, Mapping[str, "Tensor"]], details: Mapping[str, Any]) -> Commit:
         """Commit the state after `step` steps: each key of `tensors` becomes one object of named tensors.
 
         The parts of a commit in one call, for who has all of its tensors. Raises as they do.
         """
+        from tidepool.checkpoint.snapshot import Snapshot  # which brings torch, as `load_file` does below
+
         commit = self.begin(step, uuid.uuid4().hex[:16])
         objects = []
         with ThreadPoolExecutor(1) as executor:
@@ -171,11 +173,13 @@ class Checkpoints:
             if closed and info.modified_at < oldest and f"{incarnation}-{step}-{attempt}" not in committed:
                 self._store.delete(info.key)
 
-    def restore(self, commit: Commit, name: str) -> dict[str, Tensor]:
+    def restore(self, commit: Commit, name: str) -> dict[str, "Tensor"]:
         """The named tensors of one group of a commit, on the CPU, verified.
 
         Raises `CorruptCheckpointError` if the bytes are not those that were committed.
         """
+        from safetensors.torch import load_file
+
         tensors: dict[str, Tensor] = {}
         entries = [entry for entry in read_manifest(self._store, self._run, commit)["objects"] if _group(entry["name"]) == name]
         with ScratchFolder("restore") as folder:

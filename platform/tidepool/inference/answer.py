@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tidepool.inference.detokenizer import Detokenizer
-from tidepool.inference.engine import FinishReason, GenerationRequest, Output
+from tidepool.inference.engine import FinishReason, GenerationRequest, Output, TokenLogprobs
 from tidepool.inference.grammar import CompiledGrammar
-from tidepool.inference.log_probabilities import TokenLogprobs
 from tidepool.inference.lookup import PromptLookup
 from tidepool.inference.sampler import SamplingState
 from tidepool.inference.scheduler import Chunk

@@ -10,10 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from tidepool.inference.log_probabilities import TokenLogprobs
 from tidepool.inference.sampling_parameters import SamplingParameters
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The log-probability of a token, and of the likeliest ones in its place: the best first, of equals the lower number."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)

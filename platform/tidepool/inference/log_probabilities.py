@@ -6,22 +6,13 @@ token that was forced. (vLLM's default, `raw_logprobs`, is the same; OpenAI's AP
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from tidepool.inference.engine import TokenLogprobs
 from tidepool.inference.truncation import lower_bound
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """The log-probability of a token, and of the likeliest ones in its place: the best first, of equals the lower number."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
 
 
 def token_logprobs(logits_NV: Tensor, tokens: Sequence[int], nums_top: Sequence[int]) -> list[TokenLogprobs]:

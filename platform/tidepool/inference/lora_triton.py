@@ -1,6 +1,6 @@
 """Adapters' low-rank products on a GPU, in two Triton kernels on a grid that depends on nothing but sizes: shrink (A), then expand (B).
 
-NOT YET RUN ON A GPU: they are compiled for one, and run in Triton's interpreter by `tests/inference/test_lora_triton.py`.
+`tests/inference/test_gpu.py` runs them on a GPU, `tests/inference/test_lora_triton.py` in Triton's interpreter.
 
 Each row of a step has a slot (-1: the base alone). A program is started for each row; the first row of a slot among 16 in succession
 computes for all of these that have it, the others have nothing to do. So nothing is sorted, decoding has a program for each row, and rows

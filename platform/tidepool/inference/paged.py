@@ -33,13 +33,12 @@ from tidepool.errors import EngineBusyError, ModelError, RequestError
 from tidepool.inference.adapters import Adapters
 from tidepool.inference.answer import Answer, find_end_tokens
 from tidepool.inference.blocks import Blocks
-from tidepool.inference.engine import EngineStats, FinishReason, GenerationRequest, Output
+from tidepool.inference.engine import EngineStats, FinishReason, GenerationRequest, Output, TokenLogprobs
 from tidepool.inference.fused import fuse
 from tidepool.inference.grammar import CompiledGrammar, Grammars
 from tidepool.inference.graphs import cuda_graphs
 from tidepool.inference.limits import BLOCK_SIZE, adapters_bytes, context_length, num_blocks
 from tidepool.inference.linear import swap_linear_layers
-from tidepool.inference.log_probabilities import TokenLogprobs
 from tidepool.inference.lora import Matrices, pack
 from tidepool.inference.runner import Computed, Flight, ModelRunner, Placement
 from tidepool.inference.scheduler import Chunk, Scheduler

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 from tidepool.errors import ModelError
 from tidepool.inference import native
 from tidepool.inference.attention import Cache, Ragged, check_attention, pack
+from tidepool.inference.engine import TokenLogprobs
 from tidepool.inference.graphs import DecodeGraphs, Record
-from tidepool.inference.log_probabilities import TokenLogprobs, prompt_logprobs
+from tidepool.inference.log_probabilities import prompt_logprobs
 from tidepool.inference.lora import PackedAdapter
 from tidepool.inference.lora_layers import NO_SLOT, LoraLayers, runs_of
 from tidepool.inference.sampler import Choice, Sampled, Sampler, SamplingState

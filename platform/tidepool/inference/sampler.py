@@ -22,8 +22,9 @@ from torch import Tensor
 
 from tidepool.errors import ModelError
 from tidepool.inference.draw import BLOCK, draw, stream_key, uniforms, weigh
+from tidepool.inference.engine import TokenLogprobs
 from tidepool.inference.grammar import CompiledGrammar
-from tidepool.inference.log_probabilities import TokenLogprobs, token_logprobs
+from tidepool.inference.log_probabilities import token_logprobs
 from tidepool.inference.penalties import Penalties, TokenCounts, penalise
 from tidepool.inference.sampling_parameters import SamplingParameters
 from tidepool.inference.transfer import Download

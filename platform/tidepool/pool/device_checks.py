@@ -1,6 +1,6 @@
 """Checks of a node that need torch: products on its GPUs, and all-reduces between processes. Imported by the process of a check alone.
 
-All-reduces go by gloo between CPUs and by NCCL between GPUs. Whatever is for GPUs has not been run on one yet.
+All-reduces go by gloo between CPUs and by NCCL between GPUs. The one between GPUs has not run yet: it takes two.
 """
 
 import json

@@ -21,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from tidepool import __version__
 from tidepool.announcement import DIRECTORY
+from tidepool.collector import collector_paused
 from tidepool.errors import ModelError
 from tidepool.inference.engine import EngineStats
 from tidepool.messages import ARBITER, NAMESPACE
@@ -95,11 +96,12 @@ class EngineReplica:
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self, store_url: str, base: ModelSource, spec: EngineSpec, device: Literal["cpu", "cuda"], application: str
     ) -> None:
-        from tidepool.serving.replica import load_replica  # torch is for the replicas alone
-
         configure_logging()
         self._max_batch_size = spec.max_batch_size
-        self._replica = load_replica(store_url, base, spec, device)
+        with collector_paused():
+            from tidepool.serving.replica import load_replica  # torch is for the replicas alone
+
+            self._replica = load_replica(store_url, base, spec, device)
         self._host = ReplicaHost(self._replica)
         endpoint = await self._host.open(_own_id(), base.digest, ray.util.get_node_ip_address())
         self._presence = Presence(endpoint, serve.get_deployment_handle(DIRECTORY, application), lambda: self._host.is_busy)

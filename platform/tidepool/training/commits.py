@@ -21,7 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from tidepool.checkpoint import Checkpoints, Commit, Snapshot, StoredObject, divide
+from tidepool.checkpoint import Checkpoints, Commit, StoredObject
+from tidepool.checkpoint.snapshot import Snapshot, divide
 from tidepool.errors import StoreError, SupersededError
 from tidepool.training.membership import Number, Quorum
 from tidepool.training.sample_record import SampleRecord

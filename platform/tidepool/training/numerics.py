@@ -5,16 +5,14 @@ with other bits. On GPUs the deterministic algorithms of torch are switched on.
 """
 
 import os
-from collections.abc import Mapping
 from importlib import import_module
 from importlib.metadata import version
 
 import torch
 
-from tidepool.errors import NumericsError
-from tidepool.specs import RunSpec, differences
+from tidepool.specs import RunSpec
+from tidepool.training.pins import Fingerprint
 
-Fingerprint = dict[str, str | int]
 _COMPUTATION = 2
 """Counts the changes of our own step that changed bits."""
 
@@ -53,13 +51,3 @@ def fingerprint(spec: RunSpec, device: torch.device) -> Fingerprint:
         "computation": _COMPUTATION,
         "optimizer_kernel": spec.training.optimizer.kernel,
     }
-
-
-def check_fingerprint(run: str, expected: Mapping[str, object], found: Mapping[str, object]) -> None:
-    """Raises `NumericsError` that shows the differences."""
-    if lines := differences(expected, found):
-        raise NumericsError(
-            f"This worker cannot continue run {run} with the same bits; run -> worker:\n  "
-            + "\n  ".join(lines)
-            + "\nUse workers like those that the run began on, or begin a new run from its last published model."
-        )

@@ -12,14 +12,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from tidepool.errors import ObjectExistsError, SpecChangedError
+from tidepool.errors import NumericsError, ObjectExistsError, SpecChangedError
 from tidepool.models import ModelSource
 from tidepool.registry import Registry
 from tidepool.specs import RunSpec, differences
 from tidepool.storage import ObjectStore, find_json, get_json, put_json
-from tidepool.training.numerics import Fingerprint, check_fingerprint
 from tidepool.training.task import Pins
 
+Fingerprint = dict[str, str | int]
+"""What `numerics.fingerprint` makes; drivers compare it without torch."""
 _DECIDES_RESULT = ("run", "model", "dataset", "seed", "training")
 
 
@@ -51,7 +52,12 @@ def check_worker(spec: RunSpec, pins: Pins, store: ObjectStore, numerics: Finger
             f"Run {spec.run} is being begun by another driver at the same moment, with other data or another base. "
             "Choose another `run` name."
         )
-    check_fingerprint(spec.run, get_json(store, _key(spec.run))["numerics"], numerics)
+    if lines := differences(get_json(store, _key(spec.run))["numerics"], numerics):
+        raise NumericsError(
+            f"This worker cannot continue run {spec.run} with the same bits; run -> worker:\n  "
+            + "\n  ".join(lines)
+            + "\nUse workers like those that the run began on, or begin a new run from its last published model."
+        )
 
 
 def base_source(pins: Pins, store: ObjectStore) -> ModelSource | None:

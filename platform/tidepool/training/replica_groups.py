@@ -21,6 +21,7 @@ from ray.core.generated import gcs_pb2
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from tidepool.collector import collector_paused
 from tidepool.errors import TidepoolError
 from tidepool.messages import Places
 from tidepool.scratch import ScratchFolder
@@ -49,10 +50,12 @@ class Launcher:
 
     def load(self) -> None:
         """Import what `fit` needs."""
-        import tidepool.training.trainer  # noqa: F401
+        with collector_paused():
+            import tidepool.training.trainer  # noqa: F401
 
     def fit(self, worker: WorkerFunction, task: Task, group: int, places: Places) -> tuple[Exception, str, tuple[int, ...]] | None:
         """Run one replica group, there, to its end; returns its error with a traceback and the ranks at fault, None if it ended well."""
+        self.load()
         from ray.train import FailureConfig, RunConfig, ScalingConfig  # here: the driver of a run does without Ray Train
         from ray.train.v2.api.exceptions import TrainingFailedError
 

@@ -16,6 +16,7 @@ from ray._private.grpc_utils import init_grpc_channel
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray.core.generated import common_pb2, gcs_pb2, node_manager_pb2, node_manager_pb2_grpc
 
+from tidepool.collector import collector_paused
 from tidepool.messages import Places
 
 RUNTIME_ENV = {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.load"}}
@@ -29,8 +30,9 @@ _TIMEOUT_S = 5.0
 
 def load() -> None:
     """Import what a worker needs (see `ray_worker`). Nothing of it may look for a GPU: which one is the worker's, Ray says later."""
-    for name in _NEEDED:
-        import_module(name)
+    with collector_paused():
+        for name in _NEEDED:
+            import_module(name)
 
 
 def start_processes(places: Places) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from tidepool.checkpoint import Checkpoints, Commit, Snapshot
+from tidepool.checkpoint import Checkpoints, Commit
+from tidepool.checkpoint.snapshot import Snapshot
 from tidepool.errors import StoreError
 from tidepool.transparent.graphs import pending_graphs
 

@@ -7,8 +7,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from tidepool.inference.engine import Output
-from tidepool.inference.log_probabilities import TokenLogprobs
+from tidepool.inference.engine import Output, TokenLogprobs
 from tidepool.inference.sampling_parameters import MAX_ANSWERS
 from tidepool.serving.api.ask import Ask, Event, Head
 from tidepool.serving.api.fields import INT64, Neutral, Prompts, parse, refuse

@@ -7,7 +7,7 @@ import codecs
 from collections.abc import Iterable
 from typing import Any
 
-from tidepool.inference.log_probabilities import TokenLogprobs
+from tidepool.inference.engine import TokenLogprobs
 from tidepool.serving.backend import Spelling
 
 
