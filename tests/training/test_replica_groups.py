@@ -11,6 +11,8 @@ from typing import Any, cast
 import psutil
 import pytest
 import ray
+import ray._private.state
+from ray.core.generated import gcs_pb2
 
 from tests.training.conftest import make_run
 from tidepool.local_cluster import LocalCluster
@@ -40,6 +42,7 @@ def test_a_group_that_comes_where_one_has_left_finds_a_process_that_waited(
     try:
         groups.start("first", here)
         first = int(wait_for(lambda: read(tmp_path / "1")))
+        assert actors_of_this_job() == ["Launcher", "RayTrainWorker"], "each actor is a process that takes seconds to start"
         groups.note_come({1})
         groups.stand_by(2)
         assert list(waiting(first)) == [], "where nobody has left nobody waits"
@@ -64,6 +67,14 @@ def told_of(folder: Path) -> Callable[[Mapping[str, Any]], None]:
         threading.Event().wait()
 
     return work
+
+
+def actors_of_this_job() -> list[str]:
+    """The classes of those that live, or are to, but for the one of the dashboard's page."""
+    accessor, job = ray._private.state.state._connect_and_get_accessor(), ray.get_runtime_context().get_job_id()
+    actors = map(gcs_pb2.ActorTableData.FromString, accessor.get_actor_table(ray.JobID.from_hex(job), None))
+    dead = gcs_pb2.ActorTableData.ActorState.DEAD
+    return sorted({actor.class_name.rpartition(".")[2] for actor in actors if actor.state != dead} - {"TrainStateActor"})
 
 
 def read(path: Path) -> str:

@@ -1,9 +1,10 @@
 """Ray Train's trainer with what a replica group needs of it: on few cores, each process that it does not start is seconds gained.
 
 `TorchTrainer` without torch: a run's steps go through process groups of its quorums, so that Ray's own would join nobody, and the
-launcher, which has no other use for torch, need not import it. And without three actors for each `fit()`: Ray Train's controller, which
-runs in the launcher itself, an actor already; the one that hands out Ray datasets (ours come from the store); and the one that removes
-the placement group of a dead controller, which the driver does (`replica_groups`) and which asks the dashboard once a second.
+launcher, which has no other use for torch, need not import it. And without four actors for each `fit()`: Ray Train's controller, which
+runs in the launcher itself, an actor already; the one that hands out Ray datasets (ours come from the store); the one that removes
+the placement group of a dead controller, which the driver does (`replica_groups`) and which asks the dashboard once a second; and the one
+through which workers report a checkpoint together, or call `ray.train.collective`: ours have the run's coordinator.
 """
 
 import asyncio
@@ -13,6 +14,7 @@ from ray.train import Result
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import state, worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 _NOT_NEEDED = {"DatasetsCallback", "PlacementGroupCleanerCallback"}
@@ -28,9 +30,23 @@ class GroupTrainer(DataParallelTrainer):  # type: ignore[misc]  # Ray Train has 
         return [one for one in super()._create_default_callbacks() if type(one).__name__ not in _NOT_NEEDED]
 
     def _initialize_and_run_controller(self, **named: Any) -> Result:
+        worker_group.SynchronizationActor = _NoActor  # this process is the launcher's alone
+        state._shutdown_sync_actor = lambda _: None
         controller = TrainController(**named | {"scaling_policy": _Granted(self.scaling_config)})
         asyncio.run(controller.run())
         return controller.get_result()
+
+
+class _NoActor:
+    """In the place of Ray Train's class of an actor. What stands for its handle travels to the workers, who never use it."""
+
+    @classmethod
+    def options(cls, **_: Any) -> type["_NoActor"]:
+        return cls
+
+    @staticmethod
+    def remote(**_: Any) -> str:
+        return "Tidepool's groups have no synchronization actor"
 
 
 class _Granted(FixedScalingPolicy):  # type: ignore[misc]
