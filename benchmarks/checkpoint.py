@@ -411,8 +411,9 @@ def main() -> int:
         rows = measure_stalls(training, Path(folder), num_rounds)
         show(rows)
         for is_s3 in (False,) if device.type == "cuda" else (False, True):
-            rows += measure_rate(training, Path(folder), num_rounds, is_s3)
-            show(rows[3:])
+            found = measure_rate(training, Path(folder), num_rounds, is_s3)
+            show(found)
+            rows += found
     dist.destroy_process_group()
     if options.json:
         options.json.write_text(json.dumps([head, *rows], indent=1) + "\n")
