@@ -100,8 +100,7 @@ class EngineReplica:
         self._max_batch_size = spec.max_batch_size
         with collector_paused():
             from tidepool.serving.replica import load_replica  # torch is for the replicas alone
-
-            self._replica = load_replica(store_url, base, spec, device)
+        self._replica = load_replica(store_url, base, spec, device)
         self._host = ReplicaHost(self._replica)
         endpoint = await self._host.open(_own_id(), base.digest, ray.util.get_node_ip_address())
         self._presence = Presence(endpoint, serve.get_deployment_handle(DIRECTORY, application), lambda: self._host.is_busy)

@@ -19,7 +19,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from tidepool.checkpoint import Checkpoints, Commit, Incarnation, StoredObject
-from tidepool.collector import collector_paused
 from tidepool.data import Dataset, DatasetInfo, fetch_tokenizer, find_dataset
 from tidepool.errors import ObjectExistsError, SupersededError
 from tidepool.models import (
@@ -88,7 +87,7 @@ def run_task(
     ):
         sink = FanOut([LogSink(), tensorboard, *sinks])
         part = _Part(task, store, Path(folder), device, member, sink, account, announce)
-        with told_of_memory(who, device, lambda _: loading_advice(spec)), collector_paused():  # of the model's class
+        with told_of_memory(who, device, lambda _: loading_advice(spec)):
             part.load()
         with closing(part), told_of_memory(who, device, lambda capacity: _step_advice(spec, part.parts, capacity)):
             return part.take_part()
