@@ -28,7 +28,8 @@ test: setup
 
 # What `make test` has no time for: training scripts as people write them, each killed three times, and one as a job; damaged imports;
 # a cluster that asks for a token, and one for certificates; planted keys; a cluster of two nodes; 10,000 requests that schemathesis makes
-# up; lm-evaluation-harness; replicas of an engine that are killed, must go, and are scaled; the pool that serving takes a slot from.
+# up; lm-evaluation-harness; replicas of an engine that are killed, must go, and are scaled; the pool that serving takes a slot from; the
+# slowest of what else needs a cluster.
 test-slow: setup $(LM_EVAL)/.complete
 	@$(BIN)/python -m pytest -m long
 

@@ -55,6 +55,7 @@ def application(cluster: LocalCluster) -> Iterator[None]:
     serve.shutdown()
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("application")
 def test_replicas_are_seen_where_they_run_and_while_they_pend() -> None:
     def is_settled(view: ClusterView) -> bool:

@@ -239,6 +239,7 @@ def test_statuses_come_through_serve(obedient_url: str) -> None:
         assert response.status_code == status, response.text
 
 
+@pytest.mark.long
 def test_a_request_whose_only_replica_dies_is_finished_by_the_one_that_serve_starts(obedient_url: str) -> None:
     del obedient_url
 

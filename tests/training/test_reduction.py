@@ -77,8 +77,9 @@ def run_members(folder: Path, world_size: int, num_shards: int) -> list[dict[str
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
-@pytest.mark.parametrize("num_shards", [8, 7])
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize(
+    ("world_size", "num_shards"), [(2, 7), (3, 8), pytest.param(2, 8, marks=pytest.mark.long), pytest.param(3, 7, marks=pytest.mark.long)]
+)
 def test_every_world_size_gives_the_bits_of_one_worker(tmp_path: Path, world_size: int, num_shards: int) -> None:
     saved = run_members(tmp_path, world_size, num_shards)
     alone, _ = reduce_twice(LocalGroup(), num_shards)

@@ -33,6 +33,7 @@ def test_a_group_that_has_come_is_not_pending_for_a_coordinator_that_has_heard_n
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_a_group_that_comes_where_one_has_left_finds_a_process_that_waited(
     cluster: LocalCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

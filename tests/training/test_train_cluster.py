@@ -88,6 +88,7 @@ def test_ray_job_stop_commits_first_and_a_second_job_goes_on(start: Callable[...
     assert len(RunLog(store, "stopped").visible_commits()) == 2
 
 
+@pytest.mark.long
 def test_a_run_name_in_use_is_told_and_disturbs_nobody(start: Callable[..., Job], store: ObjectStore) -> None:
     first = start("taken", training={"steps": 4000, "evaluate_every_steps": 5000}, checkpoint={"every_steps": 5000})
     first.wait_for(at_step(1))
@@ -99,6 +100,7 @@ def test_a_run_name_in_use_is_told_and_disturbs_nobody(start: Callable[..., Job]
     assert len(claims(store, "taken")) == 1
 
 
+@pytest.mark.long
 def test_a_finished_run_is_not_trained_again(start: Callable[..., Job], store: ObjectStore) -> None:
     result = start("once", model={"config": CONFIG}, training={"steps": 2}).result(store)
     assert start("once", model={"config": CONFIG}, training={"steps": 2}).result(store) == result
@@ -110,7 +112,11 @@ def test_a_finished_run_is_not_trained_again(start: Callable[..., Job], store: O
     [
         ({"dataset": "tide"}, "there are: tides"),
         ({"model": {"base": "bose"}}, "did you mean base"),
-        ({"training": {"optimizer": {"learning_rate": 1e30, "clip_norm": None, "schedule": "constant"}}}, "Lower the learning rate"),
+        pytest.param(
+            {"training": {"optimizer": {"learning_rate": 1e30, "clip_norm": None, "schedule": "constant"}}},
+            "Lower the learning rate",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_errors_of_the_spec_end_the_job_at_once_with_one_message(

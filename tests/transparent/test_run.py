@@ -226,6 +226,7 @@ def test_the_command_itself_fixes_hashes_and_takes_the_store_from_the_environmen
     assert "arrived at step 12" in ran[1].stderr, "a commit on its way is waited for, however the script ends"
 
 
+@pytest.mark.long
 def test_tidepool_runs_tells_of_a_script(starter: Starter, capsys: pytest.CaptureFixture[str]) -> None:
     def told(*command: str) -> str:
         status = tidepool(["runs", *command, "--store", starter.store_url])
