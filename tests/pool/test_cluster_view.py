@@ -45,6 +45,7 @@ def view_once(condition: Callable[[ClusterView], bool]) -> ClusterView:
 def application(cluster: LocalCluster) -> Iterator[None]:
     """One replica of a CPU that runs, and one that finds no room."""
     del cluster
+    serve.shutdown()  # what tests before this one have served
     serve.start(proxy_location="Disabled")
     small = serve.deployment(name="small", ray_actor_options={"num_cpus": 1})(Idle)
     huge = serve.deployment(name="huge", ray_actor_options={"num_cpus": 99})(Idle)
