@@ -1,6 +1,5 @@
 """What only a GPU shows of the engine; skipped where there is none: kernels, graphs, steps launched ahead, adapters, against the CPU."""
 
-import asyncio
 import copy
 import random
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from tests.inference.conftest import answer, request, run
 from tests.inference.families import FAMILIES
 from tests.inference.test_identity import all_at_once, traffic
-from tests.inference.test_lora import Peft, asked_of, configs, layers_with, outputs_of, train
+from tests.inference.test_lora import check_mixed, configs, layers_with, train
 from tidepool.inference.engine import GenerationRequest
 from tidepool.inference.limits import BLOCK_SIZE
 from tidepool.inference.linear import swap_linear_layers
@@ -143,12 +142,4 @@ def test_mixed_adapters_of_each_family_are_those_of_peft(family: str, tokenizer:
     model = build_model(FAMILIES[family], len(tokenizer), 1, tokenizer)
     made = configs(model.config.model_type)
     folders = {digest: train(model, seed, config, tmp_path / digest) for seed, (digest, config) in enumerate(made.items())}
-    peft: dict[str | None, Peft] = {None: Peft(model, None)} | {digest: Peft(model, folder) for digest, folder in folders.items()}
-    asked = asked_of([*peft], prompt_logprobs=0)
-
-    async def play(engine: PagedEngine) -> None:
-        await asyncio.gather(*(engine.load_adapter(digest, folder) for digest, folder in folders.items()))
-        for one, outputs in zip(asked, await asyncio.gather(*(outputs_of(engine, one) for one in asked)), strict=True):
-            peft[one.adapter].check(one, outputs)
-
-    run(copy.deepcopy(model).to(GPU), tokenizer, play, weights="fp32", max_step_tokens=48)
+    check_mixed(model, tokenizer, folders, GPU)

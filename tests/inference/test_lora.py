@@ -101,6 +101,19 @@ async def outputs_of(engine: PagedEngine, asked: GenerationRequest) -> list[Outp
     return [output async for output in engine.submit(asked)]
 
 
+def check_mixed(model: Any, tokenizer: Any, folders: dict[str, Path], device: torch.device | str = "cpu") -> None:
+    """Ask the base and all adapters at once in float32, there, and compare with peft on a CPU."""
+    peft: dict[str | None, Peft] = {None: Peft(model, None)} | {digest: Peft(model, folder) for digest, folder in folders.items()}
+    asked = asked_of([*peft], prompt_logprobs=0)
+
+    async def play(engine: PagedEngine) -> None:
+        await asyncio.gather(*(engine.load_adapter(digest, folder) for digest, folder in folders.items()))
+        for one, outputs in zip(asked, await asyncio.gather(*(outputs_of(engine, one) for one in asked)), strict=True):
+            peft[one.adapter].check(one, outputs)
+
+    run(copy.deepcopy(model).to(device), tokenizer, play, weights="fp32", max_step_tokens=48)
+
+
 @pytest.mark.parametrize(
     ("family", "way"), [*((one, "c") for one in sorted(FAMILIES)), ("gpt2", "torch"), ("llama", "torch")], indirect=["family"]
 )
@@ -109,15 +122,7 @@ def test_mixed_adapters_are_exactly_those_of_peft(
 ) -> None:
     if way == "torch":
         monkeypatch.setattr("tidepool.inference.native.lora_library", lambda: None)
-    peft: dict[str | None, Peft] = {None: Peft(family, None)} | {digest: Peft(family, folder) for digest, folder in folders.items()}
-    asked = asked_of([*peft], prompt_logprobs=0)
-
-    async def play(engine: PagedEngine) -> None:
-        await asyncio.gather(*(engine.load_adapter(digest, folder) for digest, folder in folders.items()))
-        for one, outputs in zip(asked, await asyncio.gather(*(outputs_of(engine, one) for one in asked)), strict=True):
-            peft[one.adapter].check(one, outputs)
-
-    run(family, tokenizer, play, max_step_tokens=48)
+    check_mixed(family, tokenizer, folders)
 
 
 @needs_compiler
